@@ -1,0 +1,207 @@
+"""Every error that Headway raises or answers with.
+
+HeadwayError
+├── InvalidSettings            at start: the process ends
+├── StartFailed                at start of `make run`: the process ends
+├── Problem                    an answer of the API, RFC 9457
+│   ├── BadRequest             400 bad-request
+│   ├── Unauthenticated        401 unauthenticated
+│   ├── Forbidden              403 forbidden
+│   ├── NotFound               404 not-found
+│   ├── MethodNotAllowed       405 method-not-allowed
+│   ├── Conflict               409 conflict
+│   ├── TooLarge               413 too-large
+│   ├── InvalidRequest         422 invalid-request
+│   │   ├── UnknownKind        422 unknown-kind
+│   │   └── InvalidInput       422 invalid-input
+│   ├── Internal               500 internal
+│   └── Unavailable            503 unavailable
+├── JobError                   a job's `error`, shown to its owner
+│   ├── Fatal                  fatal          raised by handlers: this input can never succeed
+│   ├── InputRefused           input-refused  the worker's model refuses the input
+│   ├── TimedOut               timed-out
+│   ├── HandlerFailed          handler-failed any other exception of a handler
+│   └── KindMissing            kind-missing   no worker has the kind any more
+└── LeaseLost                  a fenced write matched no row: stop, write nothing
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+
+class HeadwayError(Exception):
+    """The root. The message is for people and says what to do."""
+
+
+class InvalidSettings(HeadwayError):
+    """A setting is missing or wrong."""
+
+
+class StartFailed(HeadwayError):
+    """A part that was asked for cannot be started."""
+
+
+class LeaseLost(HeadwayError):
+    """The attempt is no longer the job's: another worker has it, or it ended. Stop, and write nothing."""
+
+
+class Problem(HeadwayError):
+    """An answer that is not a success, as problem+json.
+
+    `type` is `urn:headway:problem:<slug>` and never changes; `detail` says what to do.
+    """
+
+    status: ClassVar[int]
+    slug: ClassVar[str]
+    title: ClassVar[str]
+
+    def __init__(
+        self, detail: str, *, errors: Sequence[Mapping[str, Any]] = (), headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = errors
+        self.headers = headers or {}
+
+    def as_json(self) -> dict[str, Any]:
+        """The body: type, title, status, detail, and `errors` where single fields are wrong."""
+        body: dict[str, Any] = {
+            "type": f"urn:headway:problem:{self.slug}",
+            "title": self.title,
+            "status": self.status,
+            "detail": self.detail,
+        }
+        if self.errors:
+            body["errors"] = list(self.errors)
+        return body
+
+
+class BadRequest(Problem):
+    """The request cannot be read: broken JSON, a wrong header, a cursor that was not issued."""
+
+    status, slug, title = 400, "bad-request", "The request cannot be read"
+
+
+class Unauthenticated(Problem):
+    """No valid API key came with the request."""
+
+    status, slug, title = 401, "unauthenticated", "A valid API key is needed"
+
+
+class Forbidden(Problem):
+    """The key is valid but lacks the scope."""
+
+    status, slug, title = 403, "forbidden", "The key may not do this"
+
+
+class NotFound(Problem):
+    """There is nothing here, or it belongs to another tenant."""
+
+    status, slug, title = 404, "not-found", "Not found"
+
+
+class MethodNotAllowed(Problem):
+    """The path exists but not for this method; the Allow header lists those that do."""
+
+    status, slug, title = 405, "method-not-allowed", "The method is not allowed here"
+
+
+class Conflict(Problem):
+    """The thing is in a state that does not permit this."""
+
+    status, slug, title = 409, "conflict", "Not possible in the present state"
+
+
+class TooLarge(Problem):
+    """The body is over a limit; the detail names the limit."""
+
+    status, slug, title = 413, "too-large", "Over a size limit"
+
+
+class InvalidRequest(Problem):
+    """The JSON is well-formed but fields are missing, unknown or wrong; `errors` lists each."""
+
+    status, slug, title = 422, "invalid-request", "Some fields are wrong"
+
+
+class UnknownKind(InvalidRequest):
+    """No worker has announced this kind."""
+
+    slug, title = "unknown-kind", "There is no such kind"
+
+
+class InvalidInput(InvalidRequest):
+    """`input` does not fit the kind's schema; `errors` lists each field."""
+
+    slug, title = "invalid-input", "The input does not fit the kind"
+
+
+class Internal(Problem):
+    """Something broke on our side; the request id finds it in the log."""
+
+    status, slug, title = 500, "internal", "Something broke here"
+
+
+class Unavailable(Problem):
+    """Postgres cannot be reached or is overloaded; nothing was accepted. Retry after the given seconds."""
+
+    status, slug, title = 503, "unavailable", "Not available right now"
+
+    def __init__(self, detail: str, *, retry_after: int = 2) -> None:
+        super().__init__(detail, headers={"Retry-After": str(retry_after)})
+
+
+class JobError(HeadwayError):
+    """Why an attempt failed, kept as the job's `error`: `{"type": …, "message": …}`."""
+
+    slug: ClassVar[str]
+
+    def as_json(self) -> dict[str, str]:
+        return {"type": self.slug, "message": str(self)}
+
+
+class Fatal(JobError):
+    """Raised by a handler when this input can never succeed; the message says what to change."""
+
+    slug = "fatal"
+
+
+class InputRefused(JobError):
+    """The input does not fit the model that the worker has of the kind."""
+
+    slug = "input-refused"
+
+
+class TimedOut(JobError):
+    """The attempt ran longer than the job's timeout."""
+
+    slug = "timed-out"
+
+
+class HandlerFailed(JobError):
+    """The handler raised an exception; its class and message are the message."""
+
+    slug = "handler-failed"
+
+
+class KindMissing(JobError):
+    """The job's kind is not known to the worker that claimed it."""
+
+    slug = "kind-missing"
+
+
+PROBLEMS: tuple[type[Problem], ...] = (
+    BadRequest,
+    Unauthenticated,
+    Forbidden,
+    NotFound,
+    MethodNotAllowed,
+    Conflict,
+    TooLarge,
+    InvalidRequest,
+    UnknownKind,
+    InvalidInput,
+    Internal,
+    Unavailable,
+)
+JOB_ERRORS: tuple[type[JobError], ...] = (Fatal, InputRefused, TimedOut, HandlerFailed, KindMissing)

@@ -1,0 +1,150 @@
+"""Job, Progress, Event, File, Artifact: frozen records and their JSON shape."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Literal
+from uuid import UUID
+
+from headway.states import JobState
+
+EventType = Literal["state", "progress", "log"]
+
+
+def timestamp(at: datetime | None) -> str | None:
+    """RFC 3339 in UTC, milliseconds, `Z`; None stays None."""
+    if at is None:
+        return None
+    return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far an attempt is: `done` of `total` in `unit`; `rate` in units a second, `eta` in seconds."""
+
+    done: float
+    total: float | None = None
+    unit: str = "items"
+    message: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    rate: float | None = None
+    eta: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One row of `jobs`, as clients see it. `seq` is the number of its newest event."""
+
+    id: UUID
+    tenant_id: UUID
+    kind: str
+    state: JobState
+    input: Any
+    tags: tuple[str, ...]
+    timeout: float
+    attempt: int
+    interruptions: int
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    cancel_requested_at: datetime | None
+    progress: Mapping[str, Any] | None
+    result: Any
+    error: Mapping[str, Any] | None
+    epoch: int
+    seq: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The job as the API, the snapshot frame and the CLI show it; times are RFC 3339 in UTC."""
+        return {
+            "id": str(self.id),
+            "kind": self.kind,
+            "state": self.state.value,
+            "input": self.input,
+            "tags": list(self.tags),
+            "timeout": self.timeout,
+            "attempt": self.attempt,
+            "interruptions": self.interruptions,
+            "created_at": timestamp(self.created_at),
+            "started_at": timestamp(self.started_at),
+            "finished_at": timestamp(self.finished_at),
+            "cancel_requested_at": timestamp(self.cancel_requested_at),
+            "progress": self.progress,
+            "result": self.result,
+            "error": self.error,
+            "epoch": self.epoch,
+            "seq": self.seq,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a worker holds while it runs an attempt. `token` fences every write of the attempt."""
+
+    job_id: UUID
+    tenant_id: UUID
+    kind: str
+    input: Any
+    timeout: float
+    attempt: int
+    token: int
+    checkpoint: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened to a job, committed before anyone hears of it.
+
+    `seq` counts a job's events from 1 without a gap; `epoch` changes when the count starts anew.
+    """
+
+    job_id: UUID
+    epoch: int
+    seq: int
+    type: EventType
+    data: Mapping[str, Any]
+
+    @property
+    def terminal(self) -> bool:
+        """Whether this is the job's last event."""
+        return self.type == "state" and JobState(self.data["state"]).terminal
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """An uploaded file. `sha256` is hex."""
+
+    id: UUID
+    tenant_id: UUID
+    name: str
+    content_type: str
+    size: int
+    sha256: str
+    created_at: datetime
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "id": str(self.id),
+            "name": self.name,
+            "content_type": self.content_type,
+            "size": self.size,
+            "sha256": self.sha256,
+            "created_at": timestamp(self.created_at),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A file that a job made. It becomes visible in the transaction that finishes the attempt."""
+
+    name: str
+    content_type: str
+    size: int
+    sha256: str
+    key: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.name, "content_type": self.content_type, "size": self.size, "sha256": self.sha256}

@@ -1,0 +1,182 @@
+"""Kinds of work: the `@kind` decorator, the registry, and how the modules that hold them are found."""
+
+import importlib
+import inspect
+import re
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Protocol, TypeVar
+from uuid import UUID
+
+from pydantic import TypeAdapter
+
+from headway.errors import InvalidSettings
+from headway.job import File
+
+ENTRY_POINTS = "headway.kinds"
+NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+")
+DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+class InputFile(Protocol):
+    """A file of the job's tenant, opened for reading."""
+
+    @property
+    def file(self) -> File: ...
+
+    def chunks(self, size: int = 1 << 20, *, start: int = 0) -> AsyncIterator[bytes]:
+        """The bytes from `start` on, about `size` at a time."""
+
+
+class ArtifactWriter(Protocol):
+    """An artifact being written."""
+
+    async def write(self, data: bytes) -> None: ...
+
+
+class JobContext(ABC):
+    """What a handler is given: the job's facts and the ways to say how it goes.
+
+    Every method may raise LeaseLost, or be interrupted by `asyncio.CancelledError` when the job is cancelled, times
+    out or the worker shuts down: let both pass.
+    """
+
+    id: UUID
+    kind: str
+    attempt: int
+    checkpoint: Any
+
+    @abstractmethod
+    async def report(
+        self,
+        done: float,
+        total: float | None = None,
+        message: str = "",
+        *,
+        unit: str = "items",
+        counts: Mapping[str, int] | None = None,
+    ) -> None:
+        """Say how far the job is. Cheap: call it as often as you like, at most ten a second are written.
+
+        `done` and `total` are in `unit`; `counts` are further numbers worth showing, such as `{"rows": 1200}`.
+        Rate and ETA are worked out from `done`, `total` and the clock.
+        """
+
+    @abstractmethod
+    async def log(self, message: str, *, level: str = "info") -> None:
+        """Add a line to the job's own log, which its owner sees as an event. At most 2,000 characters are kept."""
+
+    @abstractmethod
+    async def save_checkpoint(self, value: Any) -> None:
+        """Keep a small JSON value; `checkpoint` holds it when the job is run again after an interruption."""
+
+    @abstractmethod
+    async def open_file(self, file_id: UUID) -> InputFile:
+        """A file of the job's tenant. Raises Fatal if there is none."""
+
+    @abstractmethod
+    def artifact(
+        self, name: str, content_type: str = "application/octet-stream"
+    ) -> AbstractAsyncContextManager[ArtifactWriter]:
+        """Write a file that belongs to the job: `async with job.artifact("bad.csv", "text/csv") as out`.
+
+        It becomes visible when the job succeeds, or fails by Fatal; an attempt that ends otherwise leaves nothing.
+        """
+
+    @abstractmethod
+    def source(self, name: str) -> str:
+        """The URL of a source from the settings. Raises Fatal, naming those that exist, if there is none."""
+
+
+Handler = Callable[[JobContext, Any], Awaitable[Any]]
+F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of work: its name, its handler and what goes in and out."""
+
+    name: str
+    handler: Handler
+    input: TypeAdapter[Any]
+    result: TypeAdapter[Any]
+    timeout: float
+    description: str
+
+    def as_json(self) -> dict[str, Any]:
+        """What workers announce and `GET /kinds` shows: name, description, timeout in seconds, JSON Schemas."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "timeout": self.timeout,
+            "input_schema": self.input.json_schema(),
+            "result_schema": self.result.json_schema(mode="serialization"),
+        }
+
+
+_registry: dict[str, Kind] = {}
+
+
+def seconds(duration: str | float) -> float:
+    """`"30m"`, `"1.5h"`, `"500ms"` or a number of seconds, as seconds."""
+    if isinstance(duration, int | float):
+        return float(duration)
+    match = DURATION.fullmatch(duration)
+    if match is None:
+        raise InvalidSettings(f'{duration!r} is not a duration; write a number and ms, s, m, h or d, such as "30m".')
+    return float(match[1]) * UNITS[match[2]]
+
+
+def kind(name: str, *, timeout: str | float = "1h") -> Callable[[F], F]:
+    """Make an async function a kind: `@kind("report.build", timeout="30m")`.
+
+    The function takes a JobContext and one pydantic model (or anything that pydantic can validate), and returns
+    another; both are read from its annotations. The first paragraph of its docstring describes the kind to clients.
+    Raises InvalidSettings if the name is taken, or the name or signature does not fit.
+    """
+
+    def register(handler: F) -> F:
+        if not NAME.fullmatch(name):
+            raise InvalidSettings(f"{name!r} is not a kind's name; write two or more words with dots: report.build.")
+        if name in _registry and _registry[name].handler.__module__ != handler.__module__:
+            raise InvalidSettings(f"The kind {name} is defined twice: see {handler.__module__}.")
+        if not inspect.iscoroutinefunction(handler):
+            raise InvalidSettings(f"The handler of {name} must be an `async def` function.")
+        hints = typing.get_type_hints(handler)
+        parameters = list(inspect.signature(handler).parameters)
+        if len(parameters) != 2 or parameters[1] not in hints or "return" not in hints:
+            raise InvalidSettings(
+                f"The handler of {name} must look like `async def build(job: JobContext, input: In) -> Out`."
+            )
+        _registry[name] = Kind(
+            name=name,
+            handler=handler,
+            input=TypeAdapter(hints[parameters[1]]),
+            result=TypeAdapter(hints["return"]),
+            timeout=seconds(timeout),
+            description=(inspect.getdoc(handler) or "").split("\n\n")[0].replace("\n", " "),
+        )
+        return handler
+
+    return register
+
+
+def discover(modules: Iterable[str] = ()) -> dict[str, Kind]:
+    """Import the kinds of installed packages (entry points `headway.kinds`) and of `modules`; return all by name.
+
+    Raises InvalidSettings, naming the module, if one cannot be imported.
+    """
+    for module in [*(point.value for point in entry_points(group=ENTRY_POINTS)), *modules]:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise InvalidSettings(f"The kinds module {module!r} cannot be imported: {error}.") from error
+    return dict(_registry)
+
+
+

@@ -1,0 +1,126 @@
+"""One frozen Settings, read from the environment once, at start.
+
+Every field is read from `HEADWAY_<NAME>`, or from the file that `HEADWAY_<NAME>_FILE` names (Docker and
+Kubernetes secrets). A bad value ends the process with a sentence that names the variable.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+
+from headway.errors import InvalidSettings
+
+
+def _items(value: object) -> object:
+    """`a, b` to `("a", "b")`; the empty string to nothing."""
+    if isinstance(value, str):
+        return tuple(part for part in (part.strip() for part in value.split(",")) if part)
+    return value
+
+
+def _mapping(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def _networks(value: object) -> object:
+    return tuple(ip_network(str(item)) for item in _items(value))  # type: ignore[attr-defined]
+
+
+Items = Annotated[tuple[str, ...], BeforeValidator(_items)]
+
+
+class Settings(BaseModel):
+    """What web, worker and `make run` read. Times are seconds, sizes are bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    home: Path = Field(Path(".headway"), description="Folder of local state: embedded servers, files, credentials.")
+    host: str = Field("127.0.0.1", description="Address that the web service listens on.")
+    port: int = Field(8000, ge=1, le=65535, description="Port of the API, the WebSockets and the pages.")
+    ops_host: str = Field("127.0.0.1", description="Address of `/livez`, `/readyz` and `/metrics`.")
+    ops_port: int = Field(9000, ge=0, le=65535, description="Port of `/livez`, `/readyz` and `/metrics`; 0 takes any.")
+    database_url: SecretStr = Field(
+        description="Postgres of Headway itself: `postgresql://user:password@host:port/name`."
+    )
+    redis_url: SecretStr = Field(description="Redis that carries wake-ups and live events: `redis://host:port/0`.")
+    database_pool: int = Field(10, ge=2, le=200, description="Most Postgres connections a process holds.")
+    sources: Annotated[dict[str, SecretStr], BeforeValidator(_mapping)] = Field(
+        default_factory=dict,
+        description='Databases that kinds may use, JSON: `{"default": "postgresql+asyncpg://…"}`. '
+        "Headway's own database is refused.",
+    )
+    files_url: str | None = Field(
+        None, description="Where files and artifacts are kept: `file:///folder` (default: `files` in the home folder)."
+    )
+    kinds: Items = Field((), description="Python modules with `@kind` functions, separated by commas.")
+    secret_key: SecretStr = Field(min_length=32, description="Key of Django's sessions and signatures.")
+    key_pepper: SecretStr = Field(min_length=32, description="Secret mixed into the hash of every API key.")
+    allowed_hosts: Items = Field(
+        ("localhost", "127.0.0.1", "[::1]"), description="Host headers that are answered, separated by commas."
+    )
+    slots: int = Field(20, ge=1, le=1000, description="Jobs that one worker process runs at a time.")
+    drain: float = Field(20, ge=0, description="Seconds that SIGTERM leaves running requests and jobs to finish.")
+    max_body: int = Field(1 << 20, ge=1024, description="Largest JSON body of a request.")
+    max_file: int = Field(8 << 30, ge=1024, description="Largest uploaded file or artifact.")
+    max_result: int = Field(1 << 20, ge=1024, description="Largest JSON result of a job.")
+    fetch_allow: Annotated[tuple[IPv4Network | IPv6Network, ...], BeforeValidator(_networks)] = Field(
+        (), description="Private networks that `http.fetch` may reach, separated by commas: `10.1.0.0/16`."
+    )
+    log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for people.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
+
+    @property
+    def files_location(self) -> str:
+        """`files_url`, or the `files` folder of the home folder as a URL."""
+        return self.files_url or (self.home.resolve() / "files").as_uri()
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field."""
+    return f"HEADWAY_{name.upper()}"
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Settings from the environment.
+
+    Raises InvalidSettings, whose message names every variable that is wrong or missing and what to do.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    for name in Settings.model_fields:
+        key = variable(name)
+        if key in environ and f"{key}_FILE" in environ:
+            raise InvalidSettings(f"{key} and {key}_FILE are both set; keep one of them.")
+        if key in environ:
+            values[name] = environ[key]
+        elif path := environ.get(f"{key}_FILE"):
+            try:
+                values[name] = Path(path).read_text().strip()
+            except OSError as error:
+                raise InvalidSettings(f"{key}_FILE cannot be read: {error}.") from None
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        lines = [f"{variable(str(item['loc'][0]))}: {item['msg']}" for item in error.errors(include_input=False)]
+        raise InvalidSettings("Settings are missing or wrong. " + "; ".join(lines) + ".") from None
+    except ValueError as error:
+        raise InvalidSettings(f"A setting cannot be read: {error}.") from None
+    _refuse_own_database(settings)
+    return settings
+
+
+def _refuse_own_database(settings: Settings) -> None:
+    def place(url: str) -> str:
+        return url.split("://", 1)[-1].rsplit("@", 1)[-1].split("?", 1)[0]
+
+    own = place(settings.database_url.get_secret_value())
+    for name, url in settings.sources.items():
+        if place(url.get_secret_value()) == own:
+            raise InvalidSettings(
+                f"HEADWAY_SOURCES names Headway's own database as {name!r}; give the source a database of its own."
+            )
