@@ -6,7 +6,6 @@ HeadwayError
 ├── Problem                    an answer of the API, RFC 9457
 │   ├── BadRequest             400 bad-request
 │   ├── Unauthenticated        401 unauthenticated
-│   ├── Forbidden              403 forbidden
 │   ├── NotFound               404 not-found
 │   ├── MethodNotAllowed       405 method-not-allowed
 │   ├── Conflict               409 conflict
@@ -21,7 +20,7 @@ HeadwayError
 │   ├── InputRefused           input-refused  the worker's model refuses the input
 │   ├── TimedOut               timed-out
 │   ├── HandlerFailed          handler-failed any other exception of a handler
-│   └── KindMissing            kind-missing   no worker has the kind any more
+│   └── Crashed                crashed        the worker died under it, as often as is allowed
 └── LeaseLost                  a fenced write matched no row: stop, write nothing
 """
 
@@ -86,12 +85,6 @@ class Unauthenticated(Problem):
     """No valid API key came with the request."""
 
     status, slug, title = 401, "unauthenticated", "A valid API key is needed"
-
-
-class Forbidden(Problem):
-    """The key is valid but lacks the scope."""
-
-    status, slug, title = 403, "forbidden", "The key may not do this"
 
 
 class NotFound(Problem):
@@ -184,16 +177,15 @@ class HandlerFailed(JobError):
     slug = "handler-failed"
 
 
-class KindMissing(JobError):
-    """The job's kind is not known to the worker that claimed it."""
+class Crashed(JobError):
+    """The worker process died while it ran the job, as often as is allowed; see the worker's log for why."""
 
-    slug = "kind-missing"
+    slug = "crashed"
 
 
 PROBLEMS: tuple[type[Problem], ...] = (
     BadRequest,
     Unauthenticated,
-    Forbidden,
     NotFound,
     MethodNotAllowed,
     Conflict,
@@ -204,4 +196,4 @@ PROBLEMS: tuple[type[Problem], ...] = (
     Internal,
     Unavailable,
 )
-JOB_ERRORS: tuple[type[JobError], ...] = (Fatal, InputRefused, TimedOut, HandlerFailed, KindMissing)
+JOB_ERRORS: tuple[type[JobError], ...] = (Fatal, InputRefused, TimedOut, HandlerFailed, Crashed)

@@ -94,7 +94,7 @@ class JobContext(ABC):
 
 
 Handler = Callable[[JobContext, Any], Awaitable[Any]]
-F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +177,3 @@ def discover(modules: Iterable[str] = ()) -> dict[str, Kind]:
         except ImportError as error:
             raise InvalidSettings(f"The kinds module {module!r} cannot be imported: {error}.") from error
     return dict(_registry)
-
-
-

@@ -1,0 +1,80 @@
+"""Live events through the channel layer: published after they are committed, and never the only copy.
+
+A message carries the event's data already encoded as JSON, so that readers build frames without decoding it.
+"""
+
+import asyncio
+import json
+from collections import deque
+from typing import Any
+from uuid import UUID
+
+import structlog
+from channels_redis.pubsub import RedisPubSubChannelLayer
+from redis.exceptions import RedisError
+
+from headway import metrics
+from headway.job import Event
+
+MOST_WAITING = 20_000
+
+log = structlog.get_logger(__name__)
+
+
+def group(job_id: UUID) -> str:
+    """The group that a job's events are sent to."""
+    return f"job.{job_id}"
+
+
+def layer(redis_url: str) -> RedisPubSubChannelLayer:
+    """A channel layer whose every call ends within seconds, also when Redis hangs."""
+    host = {"address": redis_url, "socket_connect_timeout": 1, "socket_timeout": 5}
+    return RedisPubSubChannelLayer(hosts=[host], prefix="headway")
+
+
+def message(event: Event) -> dict[str, Any]:
+    """An event as it travels: `d` is JSON text."""
+    return {
+        "type": "job.event",
+        "job": str(event.job_id),
+        "epoch": event.epoch,
+        "seq": event.seq,
+        "t": event.type,
+        "terminal": event.terminal,
+        "d": json.dumps(event.data, separators=(",", ":")),
+    }
+
+
+class Events:
+    """Publishes in order from a task of its own: callers never wait for Redis."""
+
+    def __init__(self, channel_layer: RedisPubSubChannelLayer) -> None:
+        self.layer = channel_layer
+        self._waiting: deque[Event] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    def publish(self, event: Event) -> None:
+        """Tell whoever follows the job. What Redis does not take, readers read again from Postgres."""
+        if len(self._waiting) >= MOST_WAITING:
+            self._waiting.popleft()
+            metrics.events_dropped.inc()
+        self._waiting.append(event)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._send())
+
+    async def close(self) -> None:
+        """Send what waits, then disconnect."""
+        if self._task is not None:
+            await self._task
+        await self.layer.flush()
+
+    async def _send(self) -> None:
+        while self._waiting:
+            event = self._waiting.popleft()
+            try:
+                await self.layer.group_send(group(event.job_id), message(event))
+            except (RedisError, OSError) as error:
+                dropped = 1 + len(self._waiting)
+                self._waiting.clear()
+                metrics.events_dropped.inc(dropped)
+                log.warning("live events were not sent; readers re-read them", events=dropped, error=str(error))

@@ -1,0 +1,41 @@
+"""Every metric, declared once. No job id, URL or tenant in a label. `docs/reference/metrics.md` is made from this."""
+
+from prometheus_client import Counter, Gauge, Histogram
+
+jobs_submitted = Counter("headway_jobs_submitted_total", "Jobs accepted and committed.", ["kind"])
+jobs_finished = Counter("headway_jobs_finished_total", "Jobs that reached a terminal state.", ["kind", "outcome"])
+queue_wait = Histogram(
+    "headway_job_queue_wait_seconds",
+    "Time from submission to the first claim.",
+    ["kind"],
+    buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5, 30, 120, 600, 3600),
+)
+run_time = Histogram(
+    "headway_job_run_seconds",
+    "Time an attempt ran.",
+    ["kind"],
+    buckets=(0.01, 0.05, 0.1, 0.5, 1, 5, 30, 120, 600, 3600, 14400),
+)
+jobs_open = Gauge("headway_jobs", "Jobs that are not yet terminal, by state; every worker tells the same.", ["state"])
+oldest_ready_age = Gauge(
+    "headway_job_oldest_ready_age_seconds", "Age of the oldest queued job; every worker tells the same."
+)
+lease_lost = Counter("headway_lease_lost_total", "Writes refused because the attempt was no longer the job's.")
+rescued = Counter("headway_rescued_total", "Jobs taken back from workers that died.", ["outcome"])
+interrupted = Counter("headway_jobs_interrupted_total", "Jobs given back by a worker that was told to stop.", ["kind"])
+slots_busy = Gauge("headway_worker_slots_busy", "Jobs that this worker runs now.")
+slots = Gauge("headway_worker_slots", "Jobs that this worker can run at a time.")
+wakeups_failed = Counter("headway_wakeups_failed_total", "Wake-ups that Redis did not take; a scan finds the jobs.")
+events_dropped = Counter("headway_events_dropped_total", "Live events that Redis did not take; readers re-read them.")
+ws_connections = Gauge("headway_ws_connections", "Open WebSockets.")
+ws_frames = Counter("headway_ws_frames_total", "Frames sent to WebSockets.", ["type"])
+http_requests = Counter("headway_http_requests_total", "Requests to the API.", ["method", "route", "status"])
+http_time = Histogram(
+    "headway_http_request_seconds",
+    "Time from a request's head to its last byte.",
+    ["route"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 30),
+)
+ssrf_blocked = Counter("headway_ssrf_blocked_total", "Connections refused because of the address they would reach.")
+database_failures = Counter("headway_database_failures_total", "Statements that failed for want of a database.")
+loop_lag = Gauge("headway_event_loop_lag_seconds", "How late the event loop ran its last tick.")

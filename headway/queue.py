@@ -1,0 +1,96 @@
+"""Wake-ups through Redis in arq's format: the ids of jobs that are due. A hint, never the record.
+
+The sorted set `headway:queue` holds ids by the time they became due in ms; `arq:job:<id>` holds arq's call of the
+function `run`, as JSON. What Redis loses a worker's scan of Postgres finds.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import structlog
+from arq.constants import job_key_prefix
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from headway import metrics
+
+NAME = "headway:queue"
+FUNCTION = "run"
+EXPIRES_MS = 86_400_000
+MOST_WAITING = 100_000
+
+log = structlog.get_logger(__name__)
+
+
+def serialize(call: dict[str, Any]) -> bytes:
+    """arq's job serializer: JSON, so that write access to Redis is not code execution."""
+    return json.dumps(call, separators=(",", ":")).encode()
+
+
+def connect(url: str) -> Redis:
+    """A client whose every call ends within seconds, also when Redis hangs."""
+    client: Redis = Redis.from_url(url, socket_connect_timeout=1, socket_timeout=5, health_check_interval=15)
+    return client
+
+
+class Queue:
+    """Sends wake-ups from a task of its own: callers never wait for Redis."""
+
+    def __init__(self, redis: Redis) -> None:
+        self.redis = redis
+        self._waiting: list[UUID] = []
+        self._task: asyncio.Task[None] | None = None
+
+    def wake(self, job_id: UUID) -> None:
+        """Tell some worker that this job is due."""
+        if len(self._waiting) >= MOST_WAITING:
+            metrics.wakeups_failed.inc()
+            return
+        self._waiting.append(job_id)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._send())
+
+    async def close(self) -> None:
+        """Send what waits, then disconnect."""
+        if self._task is not None:
+            await self._task
+        await self.redis.aclose()
+
+    async def take(self, count: int, wait: float) -> list[UUID]:
+        """Up to `count` due ids, the first awaited for `wait` seconds. Raises RedisError or OSError."""
+        first = await self.redis.bzpopmin(NAME, timeout=wait)
+        if first is None:
+            return []
+        members = [first[1]]
+        if count > 1:
+            members += [member for member, _ in await self.redis.zpopmin(NAME, count - 1)]
+        await self.redis.delete(*(job_key_prefix.encode() + member for member in members))
+        ids = []
+        for member in members:
+            try:
+                ids.append(UUID(member.decode()))
+            except ValueError:
+                log.warning("not a job id in the queue", member=member[:100])
+        return ids
+
+    async def _send(self) -> None:
+        while self._waiting:
+            ids, self._waiting = self._waiting[:1000], self._waiting[1000:]
+            try:
+                await self._add(ids)
+            except (RedisError, OSError) as error:
+                metrics.wakeups_failed.inc(len(ids))
+                log.warning("wake-ups were not sent; a scan finds the jobs", jobs=len(ids), error=str(error))
+
+    async def _add(self, ids: Sequence[UUID]) -> None:
+        now = time.time_ns() // 1_000_000
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for job_id in ids:
+                call = serialize({"t": None, "f": FUNCTION, "a": [str(job_id)], "k": {}, "et": now})
+                pipe.set(f"{job_key_prefix}{job_id}", call, px=EXPIRES_MS)
+            pipe.zadd(NAME, {str(job_id): now for job_id in ids})
+            await pipe.execute()

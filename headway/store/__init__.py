@@ -1,0 +1,217 @@
+"""Postgres, where everything is remembered. SQL is in `sql.py`; here it meets records.
+
+Only `headway.lifecycle` calls what changes a job.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+
+from headway import metrics
+from headway.errors import JobError
+from headway.job import Artifact, Claim, Event, File, Job
+from headway.states import JobState
+from headway.store import sql
+
+# What a broken, absent or overloaded Postgres looks like. A statement that met one of these may or may not have run.
+OUTAGES: tuple[type[BaseException], ...] = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.InterfaceError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.InsufficientResourcesError,
+)
+
+
+async def prepare(connection: asyncpg.Connection) -> None:
+    """Read and write jsonb as Python values."""
+    await connection.set_type_codec("jsonb", encoder=json.dumps, decoder=json.loads, schema="pg_catalog")
+
+
+class Store:
+    """Headway's tables, through one pool of connections."""
+
+    def __init__(self, url: str, *, pool: int) -> None:
+        self._url = url
+        self._size = pool
+        self._pool: asyncpg.Pool | None = None
+
+    async def open(self) -> None:
+        """Make the pool. It fills as it is used, so a Postgres that is away is no error yet."""
+        self._pool = asyncpg.create_pool(
+            self._url,
+            min_size=0,
+            max_size=self._size,
+            init=prepare,
+            timeout=3,
+            command_timeout=10,
+            server_settings={"timezone": "UTC", "application_name": "headway"},
+        )
+        await self._pool
+
+    async def close(self) -> None:
+        if self._pool is not None:
+            await self._pool.close()
+
+    async def rows(self, statement: str, *values: Any) -> list[asyncpg.Record]:
+        """Run one statement on a connection of the pool. Waits at most 5 s for one."""
+        assert self._pool is not None, "open() first"
+        try:
+            async with self._pool.acquire(timeout=5) as connection:
+                return await connection.fetch(statement, *values)
+        except OUTAGES:
+            metrics.database_failures.inc()
+            raise
+
+    async def submit(self, jobs: Sequence[Mapping[str, Any]]) -> list[Job]:
+        rows = {row["id"]: row for row in await self.rows(sql.SUBMIT, jobs)}
+        return [_job(rows[UUID(job["id"])]) for job in jobs]
+
+    async def claim(
+        self, ids: Sequence[UUID], kinds: Sequence[str], worker: str, lease: timedelta
+    ) -> list[tuple[Claim, Event, float]]:
+        """The jobs that are now this worker's, each with its event and the seconds it waited."""
+        return [
+            (
+                Claim(
+                    job_id=row["id"],
+                    tenant_id=row["tenant_id"],
+                    kind=row["kind"],
+                    input=row["input"],
+                    timeout=row["timeout"],
+                    attempt=row["attempt"],
+                    token=row["token"],
+                    checkpoint=row["checkpoint"],
+                ),
+                _state_event(row),
+                row["waited"],
+            )
+            for row in await self.rows(sql.CLAIM, ids, kinds, worker, lease)
+        ]
+
+    async def ready(self, kinds: Sequence[str], limit: int) -> list[UUID]:
+        return [row["id"] for row in await self.rows(sql.READY, kinds, limit)]
+
+    async def report(self, reports: Sequence[tuple[Claim, Mapping[str, Any]]]) -> list[tuple[Event, bool] | None]:
+        """For each report its event and whether a cancel is asked for; None where the lease is lost."""
+        records = [{"id": str(c.job_id), "token": c.token, "progress": progress} for c, progress in reports]
+        rows = {row["id"]: row for row in await self.rows(sql.REPORT, records)}
+        return [
+            (Event(claim.job_id, row["epoch"], row["seq"], "progress", progress), row["cancel_requested"])
+            if (row := rows.get(claim.job_id))
+            else None
+            for claim, progress in reports
+        ]
+
+    async def log(self, claim: Claim, message: str, level: str) -> Event | None:
+        rows = await self.rows(sql.LOG, claim.job_id, claim.token, message, level)
+        return Event(claim.job_id, rows[0]["epoch"], rows[0]["seq"], "log", rows[0]["data"]) if rows else None
+
+    async def save_checkpoint(self, claim: Claim, value: Any) -> bool:
+        return bool(await self.rows(sql.CHECKPOINT, claim.job_id, claim.token, value))
+
+    async def finish(
+        self,
+        endings: Sequence[tuple[Claim, JobState, Any, JobError | None, Mapping[str, Any] | None, Sequence[Artifact]]],
+    ) -> list[Event | None]:
+        """For each ending its event; None where the lease is lost."""
+        records = [
+            {
+                "id": str(claim.job_id),
+                "token": claim.token,
+                "state": state.value,
+                "result": result,
+                "error": error.as_json() if error else None,
+                "progress": progress,
+                "artifacts": [asdict(artifact) for artifact in artifacts],
+            }
+            for claim, state, result, error, progress, artifacts in endings
+        ]
+        events = {row["id"]: _state_event(row) for row in await self.rows(sql.FINISH, records)}
+        return [events.get(claim.job_id) for claim, *_ in endings]
+
+    async def release(self, claim: Claim) -> Event | None:
+        rows = await self.rows(sql.RELEASE, claim.job_id, claim.token)
+        return _state_event(rows[0]) if rows else None
+
+    async def rescue(self, most_crashes: int, error: JobError, limit: int) -> list[tuple[str, Event]]:
+        """The kind and the event of each job that was taken back from a worker that died."""
+        rows = await self.rows(sql.RESCUE, most_crashes, error.as_json(), limit)
+        return [(row["kind"], _state_event(row)) for row in rows]
+
+    async def cancel_requested(self, worker: str) -> list[UUID]:
+        return [row["id"] for row in await self.rows(sql.CANCEL_REQUESTED, worker)]
+
+    async def cancel(self, job_id: UUID, tenant_id: UUID) -> tuple[Job, Event] | None:
+        """The job after the request and the event of it; None if nothing changed by it."""
+        rows = await self.rows(sql.CANCEL, job_id, tenant_id)
+        return (_job(rows[0]), _state_event(rows[0])) if rows else None
+
+    async def get(self, job_id: UUID, tenant_id: UUID) -> Job | None:
+        rows = await self.rows(sql.GET, job_id, tenant_id)
+        return _job(rows[0]) if rows else None
+
+    async def list_jobs(
+        self,
+        tenant_id: UUID,
+        *,
+        before: UUID | None,
+        state: JobState | None,
+        kind: str | None,
+        tag: str | None,
+        limit: int,
+    ) -> list[Job]:
+        rows = await self.rows(sql.LIST, tenant_id, before, state.value if state else None, kind, tag, limit)
+        return [_job(row) for row in rows]
+
+    async def events(self, job_id: UUID, tenant_id: UUID, *, after: int, limit: int) -> list[Event]:
+        rows = await self.rows(sql.EVENTS, job_id, tenant_id, after, limit)
+        return [Event(row["id"], row["epoch"], row["seq"], row["type"], row["data"]) for row in rows]
+
+    async def artifacts(self, job_id: UUID, tenant_id: UUID) -> list[Artifact]:
+        return [Artifact(**row) for row in await self.rows(sql.ARTIFACTS, job_id, tenant_id)]
+
+    async def add_file(self, file: File) -> File:
+        rows = await self.rows(
+            sql.ADD_FILE, file.id, file.tenant_id, file.name, file.content_type, file.size, file.sha256
+        )
+        return File(**rows[0])
+
+    async def get_file(self, file_id: UUID, tenant_id: UUID) -> File | None:
+        rows = await self.rows(sql.GET_FILE, file_id, tenant_id)
+        return File(**rows[0]) if rows else None
+
+    async def get_key(self, key_id: str) -> tuple[UUID, bytes] | None:
+        """The tenant and the digest of a live key."""
+        rows = await self.rows(sql.GET_KEY, key_id)
+        return (rows[0]["tenant_id"], rows[0]["digest"]) if rows else None
+
+    async def announce_kinds(self, kinds: Sequence[Mapping[str, Any]]) -> None:
+        await self.rows(sql.ANNOUNCE_KINDS, kinds)
+
+    async def kinds(self) -> list[dict[str, Any]]:
+        return [dict(row) for row in await self.rows(sql.KINDS)]
+
+    async def open_jobs(self) -> tuple[dict[str, int], float]:
+        """How many jobs are open, by state, and the age of the oldest that is queued."""
+        rows = await self.rows(sql.OPEN)
+        return {row["state"]: row["jobs"] for row in rows}, max((row["oldest"] for row in rows), default=0.0)
+
+    async def ready_check(self) -> bool:
+        """Whether Postgres takes writes and the schema is there."""
+        return bool((await self.rows(sql.READY_CHECK))[0][0])
+
+
+def _job(row: asyncpg.Record) -> Job:
+    values = {name: row[name] for name in Job.__slots__}
+    return Job(**{**values, "state": JobState(row["state"]), "tags": tuple(row["tags"])})
+
+
+def _state_event(row: asyncpg.Record) -> Event:
+    return Event(row["id"], row["epoch"], row["seq"], "state", row["data"])

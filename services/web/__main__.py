@@ -1,0 +1,68 @@
+"""`python -m services.web`: uvicorn with the API, WebSockets and pages, and the operations port beside it."""
+
+import asyncio
+import sys
+
+import structlog
+import uvicorn
+import uvloop
+
+from headway import logs, settings
+from headway.errors import HeadwayError
+from headway.ops import Ops
+from headway.settings import Settings
+from headway.store import OUTAGES
+
+log = structlog.get_logger(__name__)
+
+
+async def serve(config: Settings) -> None:
+    """Serve until SIGTERM or SIGINT; running requests get `drain` seconds to finish."""
+    from services.web.asgi import application  # noqa: PLC0415  # after logging is set up
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            application,
+            host=config.host,
+            port=config.port,
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="websockets-sansio",
+            ws_max_size=16 * 1024,
+            ws_per_message_deflate=False,
+            timeout_graceful_shutdown=int(config.drain) or 1,
+            h11_max_incomplete_event_size=64 * 1024,
+        )
+    )
+
+    async def ready() -> str | None:
+        if server.should_exit:
+            return "draining"
+        app = await application.open()
+        try:
+            return None if await app.store.ready_check() else "the database is not migrated, or takes no writes"
+        except OUTAGES as error:
+            return f"the database cannot be reached: {type(error).__name__}"
+
+    ops = Ops(config.ops_host, config.ops_port, ready)
+    await ops.start()
+    log.info("the web service listens", host=config.host, port=config.port)
+    await server.serve()
+    await ops.stop()
+    log.info("the web service has stopped")
+
+
+def main() -> None:
+    try:
+        config = settings.load()
+        logs.configure(config, "web")
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(serve(config))
+    except HeadwayError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Django's admin: tenants, users and API keys to manage, jobs to look at."""
+
+from typing import Any
+
+from django.conf import settings
+from django.contrib import admin, messages
+from django.db.models import QuerySet
+from django.forms import ModelForm
+from django.http import HttpRequest
+from django.utils import timezone
+
+from headway import keys
+from services.web.accounts.models import ApiKey, Job, Tenant
+
+
+@admin.register(Tenant)
+class TenantAdmin(admin.ModelAdmin):
+    list_display = ("name", "id", "created_at")
+    readonly_fields = ("id", "created_at")
+
+
+@admin.register(ApiKey)
+class ApiKeyAdmin(admin.ModelAdmin):
+    """The secret is shown once, when the key is made; revoking takes effect within five seconds."""
+
+    list_display = ("name", "tenant", "id", "created_at", "expires_at", "revoked_at")
+    list_filter = ("tenant",)
+    fields = ("tenant", "name", "expires_at", "id", "created_at", "revoked_at")
+    readonly_fields = ("id", "created_at", "revoked_at")
+    actions = ("revoke",)
+
+    def get_readonly_fields(self, request: HttpRequest, obj: ApiKey | None = None) -> tuple[str, ...]:
+        return (*self.readonly_fields, "tenant") if obj else self.readonly_fields
+
+    def save_model(self, request: HttpRequest, obj: ApiKey, form: ModelForm, change: bool) -> None:
+        if not change:
+            key = keys.new()
+            obj.id = key.id
+            obj.digest = key.digest(settings.HEADWAY.key_pepper.get_secret_value())
+            messages.warning(request, f"Copy the key now, it is not shown again: {key.text}")
+        super().save_model(request, obj, form, change)
+
+    def has_delete_permission(self, request: HttpRequest, obj: ApiKey | None = None) -> bool:
+        """Keys are revoked, not deleted: what was done with them stays traceable."""
+        return False
+
+    @admin.action(description="Revoke the selected keys")
+    def revoke(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> None:
+        count = queryset.filter(revoked_at=None).update(revoked_at=timezone.now())
+        messages.success(request, f"{count} keys revoked. They stop working within five seconds.")
+
+
+@admin.register(Job)
+class JobAdmin(admin.ModelAdmin):
+    """Jobs can be looked at; only the lifecycle changes them."""
+
+    list_display = ("id", "tenant", "kind", "state", "attempt", "created_at", "finished_at")
+    list_filter = ("state", "kind", "tenant")
+    search_fields = ("=id",)
+    list_select_related = ("tenant",)
+    show_full_result_count = False
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False

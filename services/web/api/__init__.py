@@ -1,0 +1,1 @@
+"""The HTTP API: thin handlers over `headway.lifecycle` and `headway.store`."""

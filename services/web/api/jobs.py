@@ -1,0 +1,174 @@
+"""`/jobs`: submit, read, cancel, and what jobs made."""
+
+import base64
+import re
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+from urllib.parse import quote
+from uuid import UUID
+
+from django.http import HttpResponse, StreamingHttpResponse
+from ninja import Field, Query, Router, Schema
+from pydantic import ConfigDict
+
+from headway.errors import BadRequest, NotFound
+from headway.job import Artifact, Job
+from headway.lifecycle import NewJob
+from headway.states import JobState
+from services.web.api.answers import answer
+from services.web.api.request import ApiRequest
+
+LONGEST = 7 * 86400.0
+RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+
+router = Router(tags=["jobs"])
+
+Tag = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class Submission(Schema):
+    """A job to be run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = Field(max_length=200, description="One of `GET /kinds`.", examples=["csv.import"])
+    input: Any = Field(description="What the kind works on; its input_schema says what fits.")
+    tags: list[Tag] = Field(default=[], max_length=20, description="Words to find the job by.")
+    timeout: float | None = Field(
+        default=None, gt=0, le=LONGEST, description="Seconds an attempt may run; the kind's own if left out."
+    )
+
+
+class Filter(Schema):
+    """Which jobs to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    state: JobState | None = None
+    kind: str | None = Field(default=None, max_length=200)
+    tag: str | None = Field(default=None, max_length=100)
+    limit: int = Field(default=50, ge=1, le=500)
+    cursor: str | None = Field(default=None, max_length=100, description="`next_cursor` of the page before.")
+
+
+@router.post("", summary="Submit a job", openapi_extra={"responses": {202: {"description": "Accepted and committed"}}})
+async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
+    """Answers 202 once the job is committed; `Location` is where to follow it."""
+    app, tenant_id = request.app, request.auth.tenant_id
+    entry = await app.catalog.check(job.kind, job.input)
+    accepted = await app.lifecycle.submit(
+        NewJob(tenant_id, job.kind, job.input, job.tags, job.timeout or entry.kind["timeout"])
+    )
+    return answer(accepted.as_json(), 202, {"Location": f"/api/v1/jobs/{accepted.id}"})
+
+
+@router.get("", summary="List jobs, newest first")
+async def list_jobs(request: ApiRequest, wanted: Query[Filter]) -> HttpResponse:
+    """A page of jobs, and the cursor of the next page, or null."""
+    jobs = await request.app.store.list_jobs(
+        request.auth.tenant_id,
+        before=_before(wanted.cursor) if wanted.cursor else None,
+        state=wanted.state,
+        kind=wanted.kind,
+        tag=wanted.tag,
+        limit=wanted.limit + 1,
+    )
+    page = jobs[: wanted.limit]
+    return answer(
+        {"jobs": [job.as_json() for job in page], "next_cursor": _cursor(page[-1]) if len(jobs) > len(page) else None}
+    )
+
+
+@router.get("/{uuid:job_id}", summary="One job")
+async def get_job(request: ApiRequest, job_id: UUID) -> HttpResponse:
+    """The job as it is now. `ETag` changes with every event; with `If-None-Match` the answer may be 304."""
+    job = await _job(request, job_id)
+    etag = f'"{job.epoch}-{job.seq}"'
+    if etag in request.headers.get("If-None-Match", ""):
+        return HttpResponse(status=304, headers={"ETag": etag})
+    return answer(job.as_json(), headers={"ETag": etag})
+
+
+@router.post("/{uuid:job_id}/cancel", summary="Cancel a job")
+async def cancel(request: ApiRequest, job_id: UUID) -> HttpResponse:
+    """202 while a running job is being stopped; 200 with the job as it ended if it is over."""
+    job = await request.app.lifecycle.cancel(job_id, request.auth.tenant_id)
+    return answer(job.as_json(), 200 if job.state.terminal else 202)
+
+
+@router.get("/{uuid:job_id}/artifacts", summary="The files that a job made")
+async def list_artifacts(request: ApiRequest, job_id: UUID) -> HttpResponse:
+    """Artifacts become visible when the job ends."""
+    return answer({"artifacts": [artifact.as_json() for artifact in await _artifacts(request, job_id)]})
+
+
+@router.get("/{uuid:job_id}/artifacts/{name}", summary="Download an artifact")
+async def download(request: ApiRequest, job_id: UUID, name: str) -> HttpResponse | StreamingHttpResponse:
+    """The bytes, streamed. `Range: bytes=a-b` answers 206; `ETag` is the SHA-256."""
+    for artifact in await _artifacts(request, job_id):
+        if artifact.name == name:
+            return _send(request, artifact)
+    raise NotFound(f"Job {job_id} has no artifact {name[:100]!r}; GET /api/v1/jobs/{job_id}/artifacts lists them.")
+
+
+def _send(request: ApiRequest, artifact: Artifact) -> HttpResponse | StreamingHttpResponse:
+    etag = f'"{artifact.sha256}"'
+    headers = {
+        "ETag": etag,
+        "Accept-Ranges": "bytes",
+        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(artifact.name)}",
+        "X-Content-Type-Options": "nosniff",
+    }
+    if etag in request.headers.get("If-None-Match", ""):
+        return HttpResponse(status=304, headers=headers)
+    status, start, end = 200, 0, artifact.size
+    if asked := request.headers.get("Range"):
+        span = _span(asked, artifact.size)
+        if span is None:
+            return HttpResponse(status=416, headers={"Content-Range": f"bytes */{artifact.size}"})
+        status, (start, end) = 206, span
+        headers["Content-Range"] = f"bytes {start}-{end - 1}/{artifact.size}"
+    headers["Content-Length"] = str(end - start)
+    files = request.app.files
+    content = files.read(artifact.key, start, end) if end > start else _nothing()
+    return StreamingHttpResponse(content, status=status, content_type=artifact.content_type, headers=headers)
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    return
+    yield b""
+
+
+def _span(asked: str, size: int) -> tuple[int, int] | None:
+    """The half-open span that one `Range` asks for; None if it cannot be met. Several ranges get the first."""
+    match = RANGE.match(asked)
+    if match is None or match[0] == "bytes=-":
+        return None
+    if not match[1]:
+        start, end = max(0, size - int(match[2])), size
+    else:
+        start, end = int(match[1]), min(size, int(match[2]) + 1) if match[2] else size
+    return (start, end) if start < end else None
+
+
+async def _job(request: ApiRequest, job_id: UUID) -> Job:
+    job = await request.app.store.get(job_id, request.auth.tenant_id)
+    if job is None:
+        raise NotFound(f"There is no job {job_id}.")
+    return job
+
+
+async def _artifacts(request: ApiRequest, job_id: UUID) -> list[Artifact]:
+    await _job(request, job_id)
+    return await request.app.store.artifacts(job_id, request.auth.tenant_id)
+
+
+def _cursor(job: Job) -> str:
+    return base64.urlsafe_b64encode(job.id.bytes).decode().rstrip("=")
+
+
+def _before(cursor: str) -> UUID:
+    try:
+        return UUID(bytes=base64.urlsafe_b64decode(cursor + "=="))
+    except ValueError:
+        raise BadRequest("The cursor was not issued here; send `next_cursor` of the page before.") from None

@@ -1,0 +1,56 @@
+"""The wiring of the web service: which parts there are and how they hold each other."""
+
+from dataclasses import dataclass
+
+from headway import queue
+from headway.events import Events, layer
+from headway.files import Files
+from headway.lifecycle import Lifecycle
+from headway.queue import Queue
+from headway.settings import Settings
+from headway.store import Store
+from services.web.api.auth import Keyring
+from services.web.api.catalog import Catalog
+from services.web.live.hub import Hub
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """What views and consumers work with; one for each process."""
+
+    settings: Settings
+    store: Store
+    lifecycle: Lifecycle
+    files: Files
+    keyring: Keyring
+    catalog: Catalog
+    hub: Hub
+    queue: Queue
+    events: Events
+
+    @classmethod
+    async def open(cls, settings: Settings) -> "App":
+        """Connect lazily to everything: a Postgres or Redis that is away shows in answers, not here."""
+        store = Store(settings.database_url.get_secret_value(), pool=settings.database_pool)
+        await store.open()
+        redis_url = settings.redis_url.get_secret_value()
+        jobs = Queue(queue.connect(redis_url))
+        events = Events(layer(redis_url))
+        hub = Hub(events.layer)
+        return cls(
+            settings=settings,
+            store=store,
+            lifecycle=Lifecycle(store, jobs, events),
+            files=Files(settings.files_location, max_size=settings.max_file),
+            keyring=Keyring(store, settings.key_pepper.get_secret_value()),
+            catalog=Catalog(store),
+            hub=hub,
+            queue=jobs,
+            events=events,
+        )
+
+    async def close(self) -> None:
+        await self.hub.close()
+        await self.queue.close()
+        await self.events.close()
+        await self.store.close()

@@ -1,0 +1,86 @@
+"""The wiring of the worker: which parts there are and how they hold each other."""
+
+import asyncio
+import os
+import socket
+from dataclasses import dataclass
+from uuid import UUID
+
+import structlog
+
+from headway import kinds, queue
+from headway.events import Events, layer
+from headway.files import Files
+from headway.lifecycle import Lifecycle
+from headway.queue import Queue
+from headway.settings import Settings
+from headway.store import OUTAGES, Store
+from services.worker.context import Parts
+from services.worker.lease import LeaseKeeper
+from services.worker.runner import Runner
+from services.worker.worker import HeadwayWorker
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """One worker and what it holds."""
+
+    store: Store
+    queue: Queue
+    events: Events
+    keeper: LeaseKeeper
+    worker: HeadwayWorker
+
+    @classmethod
+    async def open(cls, settings: Settings) -> "App":
+        """Connect, and announce the kinds. Raises InvalidSettings if a module of kinds cannot be imported."""
+        found = kinds.discover(settings.kinds)
+        url = settings.database_url.get_secret_value()
+        store = Store(url, pool=settings.database_pool)
+        await store.open()
+        await _announce(store, found)
+        redis_url = settings.redis_url.get_secret_value()
+        wakeups, events = Queue(queue.connect(redis_url)), Events(layer(redis_url))
+        lifecycle = Lifecycle(store, wakeups, events)
+        files = Files(settings.files_location, max_size=settings.max_file)
+        runner = Runner(found, Parts(settings, store, lifecycle, files))
+        loop = asyncio.get_running_loop()
+
+        def lost(job_id: UUID) -> None:
+            loop.call_soon_threadsafe(runner.interrupt, job_id, "lost")
+
+        keeper = LeaseKeeper(url, lost)
+        keeper.start()
+        worker = HeadwayWorker(
+            f"{socket.gethostname()}:{os.getpid()}:{os.urandom(3).hex()}",
+            slots=settings.slots,
+            kinds=list(found),
+            runner=runner,
+            lifecycle=lifecycle,
+            store=store,
+            queue=wakeups,
+            keeper=keeper,
+        )
+        return cls(store, wakeups, events, keeper, worker)
+
+    async def close(self) -> None:
+        self.keeper.stop()
+        await asyncio.to_thread(self.keeper.join, 5)
+        await self.queue.close()
+        await self.events.close()
+        await self.store.close()
+
+
+async def _announce(store: Store, found: dict[str, kinds.Kind]) -> None:
+    """Tell the web service what can be run; waits for a database that is still starting."""
+    while True:
+        try:
+            await store.announce_kinds([kind.as_json() for kind in found.values()])
+        except OUTAGES as error:
+            log.warning("waiting for the database", error=repr(error))
+            await asyncio.sleep(1)
+        else:
+            log.info("kinds announced", kinds=sorted(found))
+            return

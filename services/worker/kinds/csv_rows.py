@@ -1,0 +1,227 @@
+"""The rows of a CSV file, checked block by block and given back in the form that COPY takes. Pure.
+
+Most rows go through one regular expression, made from the columns' types, and are passed on as they are: five times
+as fast as looking at each value. Only where it stops are rows looked at one by one.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from services.worker.kinds.csv_layout import RECORD_LIMIT, Layout
+from services.worker.kinds.csv_types import PATTERNS, ColumnType, widened
+
+_PARSED_LINES = 100
+_SHOWN = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that is left out: the line it begins on, why, and its text."""
+
+    line: int
+    reason: str
+    row: str
+
+
+class RowReader:
+    """Takes the bytes after the header, in order, and gives back whole rows.
+
+    `match` is quick. While it leaves the reader `stuck`, call `resolve`, and after the last byte `end`; both may take
+    long enough to be worth a thread. `types` widen as the values ask for it, `rows` counts what was given back,
+    `rejected` collects what was not, and `fault` says, after `end`, why the file as a whole cannot be read.
+    """
+
+    def __init__(self, layout: Layout, types: Sequence[ColumnType] = ()) -> None:
+        self.types = list(types) or [ColumnType.EMPTY] * len(layout.titles)
+        self.rows = 0
+        self.rejected: list[Rejected] = []
+        self.fault = ""
+        self._layout = layout
+        self._break = layout.line_break
+        self._not_marks = bytes(set(range(256)) - {*b'"', *self._break})
+        self._lines = layout.lines
+        self._rest = b""
+        self._waits = False
+        self._pattern: re.Pattern[bytes] | None = None
+        self._skipping = _Skipping(self._break)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether there is a line that `match` could not give back."""
+        return not self._waits and (self._break in self._rest or len(self._rest) > RECORD_LIMIT)
+
+    def match(self, data: bytes) -> bytes:
+        """Take `data`; give back the rows that fit the types, as they are."""
+        if self._skipping.line:
+            self._lines += data.count(self._break)
+            data = self._skipping.after(data)
+            self._lines -= data.count(self._break)
+        self._rest += data
+        self._waits = False
+        return self._matched()
+
+    def resolve(self) -> bytes:
+        """Give back the rows that are whole; those looked at one by one are quoted anew."""
+        given = []
+        while self.stuck:
+            types = self.types
+            given.append(self._parsed())
+            if self.types != types:
+                self._pattern = None
+            else:
+                self._pattern = self._pattern or re.compile(_rows_pattern(self._layout, self.types))
+                given.append(self._matched())
+        return b"".join(given)
+
+    def end(self) -> bytes:
+        """Give back the last row, which no line end follows."""
+        before = len(self.rejected)
+        unended = self._rest and not self._rest.endswith(self._break)
+        given = self.match(self._break) + self.resolve() if unended else b""
+        if unended and len(self.rejected) > before:
+            last = self.rejected[-1]
+            self.fault = (
+                f"The last row has no line end and cannot be read (line {last.line:,}: {last.reason}): the file is cut "
+                "off there. Upload the whole file again, or correct the row."
+            )
+        if self._rest or self._skipping.in_quotes:
+            self.fault = (
+                f"The row on line {self._skipping.line or self._lines + 1:,} has no closing quote: the file is cut "
+                "off after it, or the quote is a mistake. Upload the whole file again, or correct the row."
+            )
+        return given
+
+    def _matched(self) -> bytes:
+        if self._pattern is None:
+            return b""
+        rows = self._rest[: _end(self._pattern, self._rest, len(self._rest))]
+        try:
+            rows.decode()
+        except UnicodeDecodeError as error:
+            rows = rows[: _end(self._pattern, rows, rows.rfind(self._break, 0, error.start) + 1)]
+        self._rest = self._rest[len(rows) :]
+        self._lines += rows.count(self._break)
+        # Line ends outside quotes: of the quotes and line ends in order, those between an even number of quotes.
+        marks = rows.translate(None, self._not_marks).replace(b'""', b"")
+        self.rows += sum(map(len, marks.split(b'"')[::2]))
+        return rows
+
+    def _parsed(self) -> bytes:
+        """The next rows one by one, a hundred lines of them or the one row that has more."""
+        count, used = _PARSED_LINES, 0
+        while not used:
+            lines = self._rest.split(self._break, count)[:-1]
+            rows, used = self._split(lines)
+            if len(lines) < count:
+                break
+            count *= 2
+        if not used:
+            self._wait()
+            return b""
+        self._rest = self._rest[sum(map(len, lines[:used])) + used :]
+        self._lines += used
+        self.rows += len(rows)
+        if rows:
+            self.types = [
+                widened(kept, values) for kept, values in zip(self.types, zip(*rows, strict=True), strict=True)
+            ]
+        written = io.StringIO()
+        csv.writer(
+            written,
+            delimiter=self._layout.delimiter,
+            lineterminator=self._layout.line_end.decode(),
+            quoting=csv.QUOTE_ALL,
+        ).writerows(rows)
+        return written.getvalue().encode()
+
+    def _split(self, lines: Sequence[bytes]) -> tuple[list[list[str]], int]:
+        """The rows in `lines` that can be taken, and how many lines the whole ones fill."""
+        text = [(line + self._break).decode("utf-8", "surrogateescape") for line in lines]
+        reader = csv.reader(text, delimiter=self._layout.delimiter, strict=True)
+        rows, used = [], 0
+        while used < len(text):
+            row, reason = [], ""
+            try:
+                row = next(reader)
+            except csv.Error as error:
+                if "end of data" in str(error):
+                    break
+                reason = "carriage return outside quotes" if "new-line" in str(error) else "text after a closing quote"
+            raw = "".join(text[used : reader.line_num])
+            reason = reason or self._reason(row, raw)
+            if reason:
+                self._reject(self._lines + used + 1, reason, raw.encode("utf-8", "surrogateescape"))
+            elif row:
+                rows.append(row)
+            used = reader.line_num
+        return rows, used
+
+    def _reason(self, row: Sequence[str], raw: str) -> str:
+        if "\0" in raw:
+            return "a NUL character"
+        try:
+            raw.encode()
+        except UnicodeEncodeError:
+            return "not UTF-8; save the file as UTF-8"
+        if row and len(row) != len(self.types):
+            return f"{len(row)} {'field' if len(row) == 1 else 'fields'}, not {len(self.types)} as in the header"
+        return ""
+
+    def _wait(self) -> None:
+        """Nothing can be given back before there is more; a row that grows too long is passed over."""
+        if len(self._rest) > RECORD_LIMIT:
+            self._reject(self._lines + 1, "longer than 1 MiB", self._rest[:_SHOWN])
+            self._skipping.begin(self._lines + 1, self._rest)
+            self._lines += self._rest.count(self._break)
+            self._rest = b""
+        self._waits = True
+
+    def _reject(self, line: int, reason: str, row: bytes) -> None:
+        text = row.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
+        self.rejected.append(Rejected(line, reason, text.rstrip("\r\n")))
+
+
+class _Skipping:
+    """Finds where a row ends that is too long to keep. `line` is where it began, or 0."""
+
+    def __init__(self, line_break: bytes) -> None:
+        end = rb'[^"%b]*+(?:"[^"]*+"[^"%b]*+)*+%b' % (line_break, line_break, line_break)
+        self._end = re.compile(end)
+        self._end_in_quotes = re.compile(rb'[^"]*+"' + end)
+        self.line = 0
+        self.in_quotes = False
+
+    def begin(self, line: int, row: bytes) -> None:
+        self.line = line
+        self.in_quotes = row.count(b'"') % 2 == 1
+
+    def after(self, data: bytes) -> bytes:
+        """What follows the row in `data`, which it may fill."""
+        found = (self._end_in_quotes if self.in_quotes else self._end).match(data)
+        if found is None:
+            self.in_quotes ^= data.count(b'"') % 2 == 1
+            return b""
+        self.line, self.in_quotes = 0, False
+        return data[found.end() :]
+
+
+def _rows_pattern(layout: Layout, types: Sequence[ColumnType]) -> bytes:
+    """Matches as many rows as fit the types, from the first on. What it matches means the same to COPY."""
+    delimiter = re.escape(layout.delimiter)
+    fields = {
+        ColumnType.EMPTY: '(?:"")?+',
+        ColumnType.TEXT: rf'(?:"[^"\x00]*+(?:""[^"\x00]*+)*+"|[^"{delimiter}\r\n\x00]*+)',
+        **{column_type: f'(?:{value}|"{value}"|)' for column_type, value in PATTERNS.items()},
+    }
+    # In a table of one column a blank line is no row, and `\.` would end the data before Postgres 18.
+    first = r"(?![\r\n]|\\\.)" if len(types) == 1 else ""
+    row = first + delimiter.join(fields[column_type] for column_type in types) + layout.line_end.decode()
+    return f"(?:{row})*+".encode()
+
+
+def _end(pattern: re.Pattern[bytes], data: bytes, limit: int) -> int:
+    match = pattern.match(data, 0, limit)
+    return match.end() if match else 0

@@ -1,0 +1,165 @@
+"""The arq worker: woken through Redis, it claims in Postgres; without Redis it finds its jobs by scanning."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+from uuid import UUID
+
+import structlog
+from arq.connections import ArqRedis
+from arq.worker import Worker, func
+from redis.exceptions import RedisError
+
+from headway import metrics
+from headway.job import Claim
+from headway.lifecycle import Lifecycle
+from headway.queue import FUNCTION, NAME, Queue, serialize
+from headway.store import OUTAGES, Store
+from services.worker.lease import LeaseKeeper
+from services.worker.runner import Runner
+
+SCAN_EVERY = 0.5
+RESCUE_EVERY = 2.0
+COUNT_EVERY = 5.0
+RESCUED_AT_ONCE = 100
+
+log = structlog.get_logger(__name__)
+
+
+class HeadwayWorker(Worker):
+    """arq's worker with its polling loop replaced.
+
+    arq polls twice a second and starts what it read of the queue; here a blocking pop wakes the worker at once, a
+    freed slot is filled at once, and what may start is decided by the claim in Postgres.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        slots: int,
+        kinds: Sequence[str],
+        runner: Runner,
+        lifecycle: Lifecycle,
+        store: Store,
+        queue: Queue,
+        keeper: LeaseKeeper,
+    ) -> None:
+        async def run(ctx: dict[str, Any], job_id: str) -> None:
+            """What a wake-up calls, in arq's terms."""
+            await self.start_jobs([job_id.encode()])
+
+        super().__init__(
+            [func(run, name=FUNCTION)],
+            queue_name=NAME,
+            redis_pool=ArqRedis(connection_pool=queue.redis.connection_pool),
+            handle_signals=False,
+            max_jobs=slots,
+            keep_result=0,
+            job_serializer=serialize,
+            log_results=False,
+        )
+        self.name = name
+        self._kinds = kinds
+        self._runner = runner
+        self._lifecycle = lifecycle
+        self._store = store
+        self._queue = queue
+        self._keeper = keeper
+        self._claiming = asyncio.Lock()
+        self._freed = asyncio.Event()
+        self._rescue_at = self._count_at = 0.0
+        metrics.slots.set(slots)
+
+    @property
+    def free(self) -> int:
+        """Slots without a job."""
+        return self.max_jobs - len(self.tasks) if self.allow_pick_jobs else 0
+
+    async def main(self) -> None:
+        """Listen and scan until cancelled."""
+        async with asyncio.TaskGroup() as loops:
+            loops.create_task(self._listen())
+            loops.create_task(self._scan())
+
+    async def start_jobs(self, job_ids: Sequence[bytes]) -> None:
+        """Claim those jobs that are still queued and run them; more than there are slots go back to the queue."""
+        await self._claim([UUID(job_id.decode()) for job_id in job_ids])
+
+    async def drain(self, wait: float) -> None:
+        """Take no more jobs; let those under way finish for `wait` seconds, then give back the rest."""
+        self.allow_pick_jobs = False
+        if self.tasks:
+            log.info("draining", jobs=len(self.tasks), wait=wait)
+            await asyncio.wait(self.tasks.values(), timeout=wait)
+        self._runner.interrupt_all("drained")
+        if self.tasks:
+            await asyncio.wait(self.tasks.values())
+        if self.main_task is not None:
+            self.main_task.cancel()
+
+    async def _listen(self) -> None:
+        """Take ids from Redis as they come, as many as slots are free."""
+        while True:
+            if not self.free:
+                self._freed.clear()
+                await self._freed.wait()
+                continue
+            try:
+                ids = await self._queue.take(self.free, wait=1)
+            except (RedisError, OSError) as error:
+                log.warning("no wake-ups from Redis; Postgres is scanned", error=repr(error))
+                await asyncio.sleep(1)
+                continue
+            try:
+                await self._claim(ids)
+            except OUTAGES as error:
+                log.warning("jobs were not claimed; a scan finds them", error=repr(error))
+
+    async def _scan(self) -> None:
+        """See in Postgres to whatever Redis did not bring, and to workers that died."""
+        while True:
+            await asyncio.sleep(SCAN_EVERY)
+            try:
+                if self.free:
+                    await self._claim(await self._store.ready(self._kinds, self.free))
+                if self.tasks:
+                    for job_id in await self._store.cancel_requested(self.name):
+                        self._runner.interrupt(job_id, "cancelled")
+                if time.monotonic() >= self._rescue_at:
+                    await self._lifecycle.rescue(RESCUED_AT_ONCE)
+                    self._rescue_at = time.monotonic() + RESCUE_EVERY
+                if time.monotonic() >= self._count_at:
+                    await self._count()
+                    self._count_at = time.monotonic() + COUNT_EVERY
+            except OUTAGES as error:
+                log.warning("a scan failed; the next one follows", error=repr(error))
+
+    async def _claim(self, ids: Sequence[UUID]) -> None:
+        async with self._claiming:
+            taken, left = ids[: self.free], ids[self.free :]
+            for job_id in left:
+                self._queue.wake(job_id)
+            if not taken:
+                return
+            sent_at = time.monotonic()
+            for claim in await self._lifecycle.claim(taken, self._kinds, self.name):
+                self._keeper.hold(claim, sent_at)
+                task = asyncio.create_task(self._runner.run(claim))
+                self.tasks[str(claim.job_id)] = task
+                task.add_done_callback(partial(self._ended, claim))
+            metrics.slots_busy.set(len(self.tasks))
+
+    def _ended(self, claim: Claim, _: asyncio.Task[None]) -> None:
+        self._keeper.drop(claim.job_id)
+        del self.tasks[str(claim.job_id)]
+        metrics.slots_busy.set(len(self.tasks))
+        self._freed.set()
+
+    async def _count(self) -> None:
+        counts, oldest = await self._store.open_jobs()
+        for state in ("scheduled", "queued", "running"):
+            metrics.jobs_open.labels(state).set(counts.get(state, 0))
+        metrics.oldest_ready_age.set(oldest)
