@@ -8,6 +8,10 @@ JOB = """
     id, tenant_id, kind, state, input, tags, timeout, attempt, interruptions, created_at, started_at, finished_at,
     cancel_requested_at, progress, result, error, epoch, seq"""
 
+# Times in events look as they do everywhere else: RFC 3339 in UTC, milliseconds, Z.
+FORM = """'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'"""
+AT = f"to_char(now() AT TIME ZONE 'UTC', {FORM})"
+
 # Insert jobs, each with its first event. $1: [{id, tenant_id, kind, input, tags, timeout}]
 SUBMIT = f"""
 WITH new AS (
@@ -18,14 +22,14 @@ WITH new AS (
     RETURNING {JOB}
 ), told AS (
     INSERT INTO events (job_id, seq, type, data)
-    SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', created_at) FROM new
+    SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}) FROM new
 )
 SELECT {JOB} FROM new
 """
 
 # Claim those of the jobs $1 that are still queued. Rows that another worker is claiming are passed over.
 # $1: ids, $2: kinds this worker knows, $3: worker, $4: lease
-CLAIM = """
+CLAIM = f"""
 WITH ready AS (
     SELECT id FROM jobs WHERE id = ANY($1::uuid[]) AND state = 'queued' AND kind = ANY($2::text[])
     FOR UPDATE SKIP LOCKED
@@ -37,7 +41,7 @@ WITH ready AS (
     RETURNING jobs.*
 ), told AS (
     INSERT INTO events (job_id, seq, type, data)
-    SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', now()) FROM claimed
+    SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}) FROM claimed
     RETURNING job_id, data
 )
 SELECT id, tenant_id, kind, input, timeout, attempt, token, checkpoint, epoch, seq, data,
@@ -59,12 +63,12 @@ RETURNING jobs.id, jobs.epoch, jobs.seq, jobs.cancel_requested_at IS NOT NULL AS
 """
 
 # Add a log event to a running job. $1: id, $2: token, $3: message, $4: level
-LOG = """
+LOG = f"""
 WITH logged AS (
     UPDATE jobs SET seq = seq + 1 WHERE id = $1 AND token = $2 AND state = 'running' RETURNING id, epoch, seq
 )
 INSERT INTO events (job_id, seq, type, data)
-SELECT id, seq, 'log', jsonb_build_object('message', $3::text, 'level', $4::text, 'at', now()) FROM logged
+SELECT id, seq, 'log', jsonb_build_object('message', $3::text, 'level', $4::text, 'at', {AT}) FROM logged
 RETURNING (SELECT epoch FROM logged), seq, data
 """
 
@@ -75,7 +79,7 @@ UPDATE jobs SET checkpoint = $3::jsonb WHERE id = $1 AND token = $2 AND state = 
 
 # End attempts for good, each with its event and its artifacts. Result, error and artifacts become visible together.
 # $1: [{id, token, state, result, error, progress, artifacts: [{name, content_type, size, sha256, key}]}]
-FINISH = """
+FINISH = f"""
 WITH r AS (
     SELECT * FROM jsonb_to_recordset($1::jsonb) AS r (
         id uuid, token bigint, state text, result jsonb, error jsonb, progress jsonb, artifacts jsonb
@@ -96,13 +100,13 @@ WITH r AS (
 )
 INSERT INTO events (job_id, seq, type, data)
 SELECT id, seq, 'state', jsonb_build_object(
-    'state', state, 'attempt', attempt, 'at', now(), 'result', result, 'error', error, 'progress', progress
+    'state', state, 'attempt', attempt, 'at', {AT}, 'result', result, 'error', error, 'progress', progress
 ) FROM finished
 RETURNING job_id AS id, seq, data, (SELECT epoch FROM finished WHERE finished.id = job_id) AS epoch
 """
 
 # Give a running job back to the queue without counting the attempt. $1: id, $2: token
-RELEASE = """
+RELEASE = f"""
 WITH released AS (
     UPDATE jobs SET
         state = 'queued', attempt = attempt - 1, interruptions = interruptions + 1, seq = seq + 1,
@@ -111,14 +115,14 @@ WITH released AS (
     RETURNING id, kind, state, attempt, epoch, seq
 )
 INSERT INTO events (job_id, seq, type, data)
-SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', now(), 'reason', 'interrupted')
+SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}, 'reason', 'interrupted')
 FROM released
 RETURNING job_id AS id, (SELECT epoch FROM released) AS epoch, seq, data
 """
 
 # Take back jobs whose lease ran out. The crash is counted apart from attempts; at $1 crashes the job fails.
 # A job that was to be cancelled is cancelled. $1: crashes allowed, $2: the error, $3: how many at a time
-RESCUE = """
+RESCUE = f"""
 WITH dead AS (
     SELECT id FROM jobs WHERE state = 'running' AND lease_expires_at < now()
     ORDER BY lease_expires_at LIMIT $3 FOR UPDATE SKIP LOCKED
@@ -135,7 +139,7 @@ WITH dead AS (
 )
 INSERT INTO events (job_id, seq, type, data)
 SELECT id, seq, 'state', jsonb_strip_nulls(jsonb_build_object(
-    'state', state, 'attempt', attempt, 'at', now(), 'reason', 'worker died', 'error', error
+    'state', state, 'attempt', attempt, 'at', {AT}, 'reason', 'worker died', 'error', error
 )) FROM rescued
 RETURNING job_id AS id, (SELECT epoch FROM rescued r WHERE r.id = job_id) AS epoch, seq, data,
     (SELECT kind FROM rescued r WHERE r.id = job_id) AS kind
@@ -168,7 +172,7 @@ WITH cancelled AS (
 ), told AS (
     INSERT INTO events (job_id, seq, type, data)
     SELECT id, seq, 'state', jsonb_build_object(
-        'state', state, 'attempt', attempt, 'at', now(), 'cancel_requested_at', cancel_requested_at
+        'state', state, 'attempt', attempt, 'at', {AT}, 'cancel_requested_at', {AT}
     ) FROM cancelled
     RETURNING data
 )

@@ -56,6 +56,8 @@ class ApiHandler(ASGIHandler):
         if not request.incoming.read:
             # The rest of the body is not wanted: the connection must not be used again.
             response["Connection"] = "close"
+        if not response.streaming:
+            response["Content-Length"] = str(len(response.content))
         if response.streaming:
             await self._stream(response, receive, send)
         else:

@@ -15,8 +15,8 @@ ROOT_URLCONF = "services.web.urls"
 USE_TZ = True
 TIME_ZONE = "UTC"
 STATIC_URL = "/static/"
-WHITENOISE_USE_FINDERS = True
-WHITENOISE_AUTOREFRESH = False
+SERVESTATIC_USE_FINDERS = True
+SERVESTATIC_AUTOREFRESH = False
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 # `headway.logs` configures logging for the whole process.
 LOGGING_CONFIG = None
@@ -37,7 +37,7 @@ INSTALLED_APPS = [
 # The pages: admin and documentation.
 MIDDLEWARE = [
     "django.middleware.security.SecurityMiddleware",
-    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "servestatic.middleware.ServeStaticMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",

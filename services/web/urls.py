@@ -4,6 +4,7 @@ from django.contrib import admin
 from django.urls import path
 from django.views.generic import RedirectView
 from ninja import NinjaAPI
+from ninja.errors import AuthenticationError, HttpError, ValidationError
 
 from services.web.api import files, jobs, kinds
 from services.web.api.answers import on_exception
@@ -19,7 +20,8 @@ api = NinjaAPI(
     parser=StrictParser(),
     docs_url="/docs",
 )
-api.add_exception_handler(Exception, on_exception)  # type: ignore[arg-type]  # it is given instances only
+for error in (Exception, AuthenticationError, HttpError, ValidationError):
+    api.add_exception_handler(error, on_exception)  # type: ignore[arg-type]  # it is given instances only
 api.add_router("/jobs", jobs.router)
 api.add_router("/files", files.router)
 api.add_router("/kinds", kinds.router)

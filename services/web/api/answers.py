@@ -43,7 +43,8 @@ def problem(error: Exception) -> Problem:
         errors = [{"field": _field(item["loc"]), "message": item["msg"]} for item in error.errors]
         return InvalidRequest(f"{errors[0]['field']}: {errors[0]['message']}.", errors=errors)
     if isinstance(error, HttpError):
-        return BadRequest(str(error))
+        # What our parser raised, django-ninja wraps.
+        return error.__context__ if isinstance(error.__context__, Problem) else BadRequest(str(error))
     if isinstance(error, OUTAGES):
         log.warning("the database is not available", error=repr(error))
         return Unavailable("The database cannot be reached; nothing was changed. Try again in a moment.")

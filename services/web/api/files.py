@@ -38,6 +38,7 @@ class Named(Schema):
 )
 async def upload(request: ApiRequest, named: Query[Named]) -> HttpResponse:
     """The body is the file. It exists once it is whole; an upload that breaks off leaves nothing."""
+    request.only(Named)
     app, tenant_id = request.app, request.auth.tenant_id
     body, file_id = request.incoming, uuid7()
     if body.length is not None and body.length > app.settings.max_file:

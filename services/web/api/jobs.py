@@ -65,6 +65,7 @@ async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
 @router.get("", summary="List jobs, newest first")
 async def list_jobs(request: ApiRequest, wanted: Query[Filter]) -> HttpResponse:
     """A page of jobs, and the cursor of the next page, or null."""
+    request.only(Filter)
     jobs = await request.app.store.list_jobs(
         request.auth.tenant_id,
         before=_before(wanted.cursor) if wanted.cursor else None,
