@@ -3,7 +3,20 @@
 The names here are those that job authors use.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from headway.errors import Fatal, LeaseLost
-from headway.kinds import JobContext, kind
+
+if TYPE_CHECKING:
+    from headway.kinds import JobContext, kind
 
 __all__ = ["Fatal", "JobContext", "LeaseLost", "kind"]
+
+
+def __getattr__(name: str) -> Any:
+    # The CLI and the client need no pydantic, which takes longer to import than they take to run.
+    if name in __all__:
+        from headway import kinds  # noqa: PLC0415
+
+        return getattr(kinds, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -63,6 +63,10 @@ class Settings(BaseModel):
     allowed_hosts: Items = Field(
         ("localhost", "127.0.0.1", "[::1]"), description="Host headers that are answered, separated by commas."
     )
+    trusted_proxies: str = Field(
+        "127.0.0.1",
+        description="Addresses or networks, separated by commas, whose `X-Forwarded-*` headers are believed.",
+    )
     slots: int = Field(20, ge=1, le=1000, description="Jobs that one worker process runs at a time.")
     drain: float = Field(20, ge=0, description="Seconds that SIGTERM leaves running requests and jobs to finish.")
     max_body: int = Field(1 << 20, ge=1024, description="Largest JSON body of a request.")

@@ -30,6 +30,7 @@ def server_config(application: "Application", config: Settings) -> uvicorn.Confi
         log_config=None,
         access_log=False,
         server_header=False,
+        forwarded_allow_ips=config.trusted_proxies,
         ws="websockets-sansio",
         ws_max_size=16 * 1024,
         ws_per_message_deflate=False,

@@ -14,6 +14,7 @@ import structlog
 from channels_redis.pubsub import RedisPubSubChannelLayer
 from redis.exceptions import RedisError
 
+from headway import metrics
 from headway.events import group
 
 MOST_WAITING = 256
@@ -120,10 +121,16 @@ class Hub:
 
     async def _read(self, channel: str) -> None:
         while True:
-            event = await self._layer.receive(channel)
-            if event["type"] == "probe":
-                if probe := self._probes.get(event["nonce"]):
-                    probe.set()
-                continue
-            for follower in self._followers.get(event["job"], ()):
-                follower.offer(event)
+            try:
+                self._spread(await self._layer.receive(channel))
+            except Exception:
+                metrics.events_dropped.inc()
+                log.exception("a live event cannot be read; followers read Postgres")
+
+    def _spread(self, event: dict[str, Any]) -> None:
+        if event["type"] == "probe":
+            if probe := self._probes.get(event["nonce"]):
+                probe.set()
+            return
+        for follower in self._followers.get(event["job"], ()):
+            follower.offer(event)
