@@ -5,12 +5,12 @@ The names here are those that job authors use.
 
 from typing import TYPE_CHECKING, Any
 
-from headway.errors import Fatal, LeaseLost
+from headway.errors import Fatal, LeaseLost, Retry
 
 if TYPE_CHECKING:
     from headway.kinds import JobContext, kind
 
-__all__ = ["Fatal", "JobContext", "LeaseLost", "kind"]
+__all__ = ["Fatal", "JobContext", "LeaseLost", "Retry", "kind"]
 
 
 def __getattr__(name: str) -> Any:

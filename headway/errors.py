@@ -12,11 +12,13 @@ HeadwayError
 │   ├── TooLarge               413 too-large
 │   ├── InvalidRequest         422 invalid-request
 │   │   ├── UnknownKind        422 unknown-kind
+│   │   ├── KeyReused          422 idempotency-key-reused
 │   │   └── InvalidInput       422 invalid-input
 │   ├── Internal               500 internal
 │   └── Unavailable            503 unavailable
 ├── JobError                   a job's `error`, shown to its owner
 │   ├── Fatal                  fatal          raised by handlers: this input can never succeed
+│   ├── Retry                  retry          raised by handlers: try again after so many seconds
 │   ├── InputRefused           input-refused  the worker's model refuses the input
 │   ├── TimedOut               timed-out
 │   ├── HandlerFailed          handler-failed any other exception of a handler
@@ -123,6 +125,12 @@ class UnknownKind(InvalidRequest):
     slug, title = "unknown-kind", "There is no such kind"
 
 
+class KeyReused(InvalidRequest):
+    """The Idempotency-Key was used for another request before. Use a new key for a new request."""
+
+    slug, title = "idempotency-key-reused", "The key belongs to another request"
+
+
 class InvalidInput(InvalidRequest):
     """`input` does not fit the kind's schema; `errors` lists each field."""
 
@@ -159,6 +167,16 @@ class Fatal(JobError):
     slug = "fatal"
 
 
+class Retry(JobError):
+    """Raised by a handler to be run again `after` so many seconds; the message says why. It counts as an attempt."""
+
+    slug = "retry"
+
+    def __init__(self, message: str = "The handler asked to be run again.", *, after: float) -> None:
+        super().__init__(message)
+        self.after = after
+
+
 class InputRefused(JobError):
     """The input does not fit the model that the worker has of the kind."""
 
@@ -192,8 +210,9 @@ PROBLEMS: tuple[type[Problem], ...] = (
     TooLarge,
     InvalidRequest,
     UnknownKind,
+    KeyReused,
     InvalidInput,
     Internal,
     Unavailable,
 )
-JOB_ERRORS: tuple[type[JobError], ...] = (Fatal, InputRefused, TimedOut, HandlerFailed, Crashed)
+JOB_ERRORS: tuple[type[JobError], ...] = (Fatal, Retry, InputRefused, TimedOut, HandlerFailed, Crashed)

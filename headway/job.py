@@ -3,12 +3,21 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from enum import IntEnum
 from typing import Any, Literal
 from uuid import UUID
 
 from headway.states import JobState
 
 EventType = Literal["state", "progress", "log"]
+
+
+class Priority(IntEnum):
+    """Which of a tenant's jobs go first. A lower one waits longer, but never for ever."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
 
 
 def timestamp(at: datetime | None) -> str | None:
@@ -44,10 +53,14 @@ class Job:
     state: JobState
     input: Any
     tags: tuple[str, ...]
+    priority: Priority
     timeout: float
+    max_attempts: int
     attempt: int
     interruptions: int
+    crashes: int
     created_at: datetime
+    run_at: datetime | None
     started_at: datetime | None
     finished_at: datetime | None
     cancel_requested_at: datetime | None
@@ -65,10 +78,14 @@ class Job:
             "state": self.state.value,
             "input": self.input,
             "tags": list(self.tags),
+            "priority": self.priority.name.lower(),
             "timeout": self.timeout,
+            "max_attempts": self.max_attempts,
             "attempt": self.attempt,
             "interruptions": self.interruptions,
+            "crashes": self.crashes,
             "created_at": timestamp(self.created_at),
+            "run_at": timestamp(self.run_at),
             "started_at": timestamp(self.started_at),
             "finished_at": timestamp(self.finished_at),
             "cancel_requested_at": timestamp(self.cancel_requested_at),
@@ -89,6 +106,7 @@ class Claim:
     kind: str
     input: Any
     timeout: float
+    max_attempts: int
     attempt: int
     token: int
     checkpoint: Any

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import random
 import re
 import typing
 from abc import ABC, abstractmethod
@@ -106,14 +107,22 @@ class Kind:
     input: TypeAdapter[Any]
     result: TypeAdapter[Any]
     timeout: float
+    max_attempts: int
+    backoff_base: float
+    backoff_cap: float
     description: str
 
+    def backoff(self, attempt: int) -> float:
+        """Seconds to wait after this attempt failed: exponential with full jitter, so that retries spread out."""
+        return random.uniform(0, min(self.backoff_cap, self.backoff_base * 2 ** (attempt - 1)))  # noqa: S311
+
     def as_json(self) -> dict[str, Any]:
-        """What workers announce and `GET /kinds` shows: name, description, timeout in seconds, JSON Schemas."""
+        """What workers announce and `GET /kinds` shows: name, description, timeout (s), attempts, JSON Schemas."""
         return {
             "name": self.name,
             "description": self.description,
             "timeout": self.timeout,
+            "max_attempts": self.max_attempts,
             "input_schema": self.input.json_schema(),
             "result_schema": self.result.json_schema(mode="serialization"),
         }
@@ -132,8 +141,19 @@ def seconds(duration: str | float) -> float:
     return float(match[1]) * UNITS[match[2]]
 
 
-def kind(name: str, *, timeout: str | float = "1h") -> Callable[[F], F]:
-    """Make an async function a kind: `@kind("report.build", timeout="30m")`.
+def kind(
+    name: str,
+    *,
+    timeout: str | float = "1h",
+    max_attempts: int = 3,
+    backoff: str | float = "2s",
+    backoff_cap: str | float = "10m",
+) -> Callable[[F], F]:
+    """Make an async function a kind: `@kind("report.build", timeout="30m", max_attempts=5)`.
+
+    An attempt that fails or takes longer than `timeout` is run again, until there were `max_attempts`, after a random
+    time of at most `backoff`, which doubles with each attempt up to `backoff_cap`. Raise Fatal for what can never
+    succeed, Retry(after=…) to choose the time. Interruptions by a deploy do not count.
 
     The function takes a JobContext and one pydantic model (or anything that pydantic can validate), and returns
     another; both are read from its annotations. The first paragraph of its docstring describes the kind to clients.
@@ -159,6 +179,9 @@ def kind(name: str, *, timeout: str | float = "1h") -> Callable[[F], F]:
             input=TypeAdapter(hints[parameters[1]]),
             result=TypeAdapter(hints["return"]),
             timeout=seconds(timeout),
+            max_attempts=max_attempts,
+            backoff_base=seconds(backoff),
+            backoff_cap=seconds(backoff_cap),
             description=(inspect.getdoc(handler) or "").split("\n\n")[0].replace("\n", " "),
         )
         return handler

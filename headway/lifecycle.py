@@ -1,11 +1,13 @@
-"""The one place that changes a job's state: submit, claim, report, finish, release, rescue, cancel.
+"""The one place that changes a job's state: submit, promote, claim, report, finish, release, rescue, cancel.
 
 Each change is committed first and announced after. A write of a running job names the attempt's token; if it matches
 no row the attempt is over, and LeaseLost says so.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -14,9 +16,9 @@ import asyncpg
 from uuid_utils.compat import uuid7
 
 from headway import metrics
-from headway.errors import Crashed, JobError, LeaseLost, NotFound
+from headway.errors import Crashed, JobError, KeyReused, LeaseLost, NotFound
 from headway.events import Events
-from headway.job import Artifact, Claim, Event, Job
+from headway.job import Artifact, Claim, Event, Job, Priority
 from headway.queue import Queue
 from headway.states import JobState
 from headway.store import Store
@@ -29,25 +31,37 @@ MESSAGE = 2000
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """What a client asks for, already checked."""
+    """What a client asks for, already checked. `run_at` is RFC 3339, `delay` and `timeout` are seconds."""
 
     tenant_id: UUID
     kind: str
     input: Any
     tags: Sequence[str]
+    priority: Priority
     timeout: float
+    max_attempts: int
+    run_at: str | None = None
+    delay: float | None = None
+    idempotency_key: str | None = None
+
+    def digest(self) -> str:
+        """What tells this request from another one that comes with the same idempotency key."""
+        asked = {name: getattr(self, name) for name in self.__slots__ if name not in ("tenant_id", "idempotency_key")}
+        return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How an attempt ended."""
+    """How an attempt ended. `failure` is what is kept of it beside the error that the job's owner sees first."""
 
     claim: Claim
     state: JobState
     result: Any = None
     error: JobError | None = None
+    failure: Mapping[str, Any] | None = None
     progress: Mapping[str, Any] | None = None
     artifacts: Sequence[Artifact] = ()
+    delay: float | None = None
 
 
 class Lifecycle:
@@ -63,21 +77,44 @@ class Lifecycle:
             self._store.finish, most=200, faulty=(asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
         )
 
-    async def submit(self, new: NewJob) -> Job:
-        """Accept a job: it is committed when this returns."""
-        job = await self._submit(
+    async def submit(self, new: NewJob) -> tuple[Job, bool]:
+        """Accept a job: it is committed when this returns. False if the key's job was there already.
+
+        Raises KeyReused if the idempotency key belongs to another request.
+        """
+        digest = new.digest() if new.idempotency_key else None
+        job, position, first = await self._submit(
             {
                 "id": str(uuid7()),
                 "tenant_id": str(new.tenant_id),
                 "kind": new.kind,
                 "input": new.input,
                 "tags": list(new.tags),
+                "priority": new.priority.value,
                 "timeout": new.timeout,
+                "max_attempts": new.max_attempts,
+                "run_at": new.run_at,
+                "delay": new.delay,
+                "idempotency_key": new.idempotency_key,
+                "digest": digest,
             }
         )
+        if first is not None:
+            if first != digest:
+                raise KeyReused("This Idempotency-Key came with another request before; use a new key for a new job.")
+            return job, False
         metrics.jobs_submitted.labels(new.kind).inc()
-        self._queue.wake(job.id)
-        return job
+        if job.state is JobState.QUEUED:
+            self._queue.wake(job.id, position)
+        return job, True
+
+    async def promote(self, limit: int) -> int:
+        """Queue scheduled jobs that are due; how many there were."""
+        promoted = await self._store.promote(limit)
+        for event, position in promoted:
+            self._queue.wake(event.job_id, position)
+            self._events.publish(event)
+        return len(promoted)
 
     async def claim(self, ids: Sequence[UUID], kinds: Sequence[str], worker: str) -> list[Claim]:
         """Take those of `ids` that are still queued. One that is missing from the answer is someone else's."""
@@ -108,32 +145,50 @@ class Lifecycle:
             raise self._lost(claim)
 
     async def finish(self, ending: Ending) -> None:
-        """End the job: state, result, error and artifacts become visible together. Raises LeaseLost."""
+        """End the attempt: state, result, error and artifacts become visible together. Raises LeaseLost.
+
+        With state `scheduled` the job is run again after `delay` seconds.
+        """
         self._announce(
             ending.claim,
             await self._finish(
-                (ending.claim, ending.state, ending.result, ending.error, ending.progress, ending.artifacts)
+                {
+                    "id": str(ending.claim.job_id),
+                    "token": ending.claim.token,
+                    "state": ending.state.value,
+                    "result": ending.result,
+                    "error": ending.error.as_json() if ending.error else None,
+                    "failure": ending.failure,
+                    "delay": ending.delay,
+                    "progress": ending.progress,
+                    "artifacts": [asdict(artifact) for artifact in ending.artifacts],
+                }
             ),
         )
-        metrics.jobs_finished.labels(ending.claim.kind, ending.state.value).inc()
+        if ending.state.terminal:
+            metrics.jobs_finished.labels(ending.claim.kind, ending.state.value).inc()
+        else:
+            metrics.retried.labels(ending.claim.kind).inc()
 
     async def release(self, claim: Claim) -> None:
         """Give a job back that was interrupted; the attempt does not count. Raises LeaseLost."""
-        self._announce(claim, await self._store.release(claim))
+        released = await self._store.release(claim)
+        self._announce(claim, released and released[0])
         metrics.interrupted.labels(claim.kind).inc()
-        self._queue.wake(claim.job_id)
+        if released:
+            self._queue.wake(claim.job_id, released[1])
 
     async def rescue(self, limit: int) -> int:
         """Take back jobs of workers that died; how many there were."""
         crashed = Crashed(f"The worker died {MOST_CRASHES} times while it ran this job; its log says why.")
         rescued = await self._store.rescue(MOST_CRASHES, crashed, limit)
-        for kind, event in rescued:
+        for kind, event, position in rescued:
             state = JobState(event.data["state"])
             metrics.rescued.labels(state.value).inc()
             if state.terminal:
                 metrics.jobs_finished.labels(kind, state.value).inc()
             else:
-                self._queue.wake(event.job_id)
+                self._queue.wake(event.job_id, position)
             self._events.publish(event)
         return len(rescued)
 

@@ -23,6 +23,7 @@ oldest_ready_age = Gauge(
 lease_lost = Counter("headway_lease_lost_total", "Writes refused because the attempt was no longer the job's.")
 rescued = Counter("headway_rescued_total", "Jobs taken back from workers that died.", ["outcome"])
 interrupted = Counter("headway_jobs_interrupted_total", "Jobs given back by a worker that was told to stop.", ["kind"])
+retried = Counter("headway_jobs_retried_total", "Attempts that failed and are to be run again.", ["kind"])
 slots_busy = Gauge("headway_worker_slots_busy", "Jobs that this worker runs now.")
 slots = Gauge("headway_worker_slots", "Jobs that this worker can run at a time.")
 wakeups_failed = Counter("headway_wakeups_failed_total", "Wake-ups that Redis did not take; a scan finds the jobs.")

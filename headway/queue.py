@@ -1,6 +1,6 @@
 """Wake-ups through Redis in arq's format: the ids of jobs that are due. A hint, never the record.
 
-The sorted set `headway:queue` holds ids by the time they became due in ms; `arq:job:<id>` holds arq's call of the
+The sorted set `headway:queue` holds ids by their position in the queue; `arq:job:<id>` holds arq's call of the
 function `run`, as JSON. What Redis loses a worker's scan of Postgres finds.
 """
 
@@ -42,15 +42,15 @@ class Queue:
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
-        self._waiting: list[UUID] = []
+        self._waiting: list[tuple[UUID, float]] = []
         self._task: asyncio.Task[None] | None = None
 
-    def wake(self, job_id: UUID) -> None:
-        """Tell some worker that this job is due."""
+    def wake(self, job_id: UUID, position: float) -> None:
+        """Tell some worker that this job is due, and whose turn it is."""
         if len(self._waiting) >= MOST_WAITING:
             metrics.wakeups_failed.inc()
             return
-        self._waiting.append(job_id)
+        self._waiting.append((job_id, position))
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._send())
 
@@ -79,18 +79,18 @@ class Queue:
 
     async def _send(self) -> None:
         while self._waiting:
-            ids, self._waiting = self._waiting[:1000], self._waiting[1000:]
+            due, self._waiting = self._waiting[:1000], self._waiting[1000:]
             try:
-                await self._add(ids)
+                await self._add(due)
             except (RedisError, OSError) as error:
-                metrics.wakeups_failed.inc(len(ids))
-                log.warning("wake-ups were not sent; a scan finds the jobs", jobs=len(ids), error=str(error))
+                metrics.wakeups_failed.inc(len(due))
+                log.warning("wake-ups were not sent; a scan finds the jobs", jobs=len(due), error=str(error))
 
-    async def _add(self, ids: Sequence[UUID]) -> None:
+    async def _add(self, due: Sequence[tuple[UUID, float]]) -> None:
         now = time.time_ns() // 1_000_000
         async with self.redis.pipeline(transaction=False) as pipe:
-            for job_id in ids:
+            for job_id, _ in due:
                 call = serialize({"t": None, "f": FUNCTION, "a": [str(job_id)], "k": {}, "et": now})
                 pipe.set(f"{job_key_prefix}{job_id}", call, px=EXPIRES_MS)
-            pipe.zadd(NAME, {str(job_id): now for job_id in ids})
+            pipe.zadd(NAME, {str(job_id): position for job_id, position in due})
             await pipe.execute()

@@ -5,7 +5,6 @@ Only `headway.lifecycle` calls what changes a job.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -14,7 +13,7 @@ import asyncpg
 
 from headway import metrics
 from headway.errors import JobError
-from headway.job import Artifact, Claim, Event, File, Job
+from headway.job import Artifact, Claim, Event, File, Job, Priority, timestamp
 from headway.states import JobState
 from headway.store import sql
 
@@ -69,9 +68,23 @@ class Store:
             metrics.database_failures.inc()
             raise
 
-    async def submit(self, jobs: Sequence[Mapping[str, Any]]) -> list[Job]:
+    async def submit(self, jobs: Sequence[Mapping[str, Any]]) -> list[tuple[Job, float, str | None]]:
+        """For each job its row, its position and, if its idempotency key was taken, the digest of the first request."""
         rows = {row["id"]: row for row in await self.rows(sql.SUBMIT, jobs)}
-        return [_job(rows[UUID(job["id"])]) for job in jobs]
+        return [
+            (_job(row), row["position"], None)
+            if (row := rows.get(UUID(job["id"])))
+            else await self._replay(UUID(job["tenant_id"]), job["idempotency_key"])
+            for job in jobs
+        ]
+
+    async def _replay(self, tenant_id: UUID, key: str) -> tuple[Job, float, str | None]:
+        row = (await self.rows(sql.REPLAY, tenant_id, key))[0]
+        return _job(row), 0.0, row["request_digest"]
+
+    async def promote(self, limit: int) -> list[tuple[Event, float]]:
+        """The event and the position of each scheduled job that is due and now queued."""
+        return [(_state_event(row), row["position"]) for row in await self.rows(sql.PROMOTE, limit)]
 
     async def claim(
         self, ids: Sequence[UUID], kinds: Sequence[str], worker: str, lease: timedelta
@@ -85,6 +98,7 @@ class Store:
                     kind=row["kind"],
                     input=row["input"],
                     timeout=row["timeout"],
+                    max_attempts=row["max_attempts"],
                     attempt=row["attempt"],
                     token=row["token"],
                     checkpoint=row["checkpoint"],
@@ -116,34 +130,20 @@ class Store:
     async def save_checkpoint(self, claim: Claim, value: Any) -> bool:
         return bool(await self.rows(sql.CHECKPOINT, claim.job_id, claim.token, value))
 
-    async def finish(
-        self,
-        endings: Sequence[tuple[Claim, JobState, Any, JobError | None, Mapping[str, Any] | None, Sequence[Artifact]]],
-    ) -> list[Event | None]:
-        """For each ending its event; None where the lease is lost."""
-        records = [
-            {
-                "id": str(claim.job_id),
-                "token": claim.token,
-                "state": state.value,
-                "result": result,
-                "error": error.as_json() if error else None,
-                "progress": progress,
-                "artifacts": [asdict(artifact) for artifact in artifacts],
-            }
-            for claim, state, result, error, progress, artifacts in endings
-        ]
-        events = {row["id"]: _state_event(row) for row in await self.rows(sql.FINISH, records)}
-        return [events.get(claim.job_id) for claim, *_ in endings]
+    async def finish(self, endings: Sequence[Mapping[str, Any]]) -> list[Event | None]:
+        """For each ending, a record as `sql.FINISH` takes it, its event; None where the lease is lost."""
+        events = {row["id"]: _state_event(row) for row in await self.rows(sql.FINISH, endings)}
+        return [events.get(UUID(ending["id"])) for ending in endings]
 
-    async def release(self, claim: Claim) -> Event | None:
+    async def release(self, claim: Claim) -> tuple[Event, float] | None:
+        """The event and the job's position in the queue."""
         rows = await self.rows(sql.RELEASE, claim.job_id, claim.token)
-        return _state_event(rows[0]) if rows else None
+        return (_state_event(rows[0]), rows[0]["position"]) if rows else None
 
-    async def rescue(self, most_crashes: int, error: JobError, limit: int) -> list[tuple[str, Event]]:
-        """The kind and the event of each job that was taken back from a worker that died."""
+    async def rescue(self, most_crashes: int, error: JobError, limit: int) -> list[tuple[str, Event, float]]:
+        """The kind, event and position of each job that was taken back from a worker that died."""
         rows = await self.rows(sql.RESCUE, most_crashes, error.as_json(), limit)
-        return [(row["kind"], _state_event(row)) for row in rows]
+        return [(row["kind"], _state_event(row), row["position"]) for row in rows]
 
     async def cancel_requested(self, worker: str) -> list[UUID]:
         return [row["id"] for row in await self.rows(sql.CANCEL_REQUESTED, worker)]
@@ -176,6 +176,12 @@ class Store:
 
     async def artifacts(self, job_id: UUID, tenant_id: UUID) -> list[Artifact]:
         return [Artifact(**row) for row in await self.rows(sql.ARTIFACTS, job_id, tenant_id)]
+
+    async def failures(self, job_id: UUID, tenant_id: UUID) -> list[dict[str, Any]]:
+        return [
+            {"attempt": row["attempt"], "at": timestamp(row["at"]), "error": row["error"]}
+            for row in await self.rows(sql.FAILURES, job_id, tenant_id)
+        ]
 
     async def add_file(self, file: File) -> File:
         rows = await self.rows(
@@ -210,7 +216,14 @@ class Store:
 
 def _job(row: asyncpg.Record) -> Job:
     values = {name: row[name] for name in Job.__slots__}
-    return Job(**{**values, "state": JobState(row["state"]), "tags": tuple(row["tags"])})
+    return Job(
+        **{
+            **values,
+            "state": JobState(row["state"]),
+            "tags": tuple(row["tags"]),
+            "priority": Priority(row["priority"]),
+        }
+    )
 
 
 def _state_event(row: asyncpg.Record) -> Event:

@@ -5,26 +5,83 @@ statement runs shares the next.
 """
 
 JOB = """
-    id, tenant_id, kind, state, input, tags, timeout, attempt, interruptions, created_at, started_at, finished_at,
-    cancel_requested_at, progress, result, error, epoch, seq"""
+    id, tenant_id, kind, state, input, tags, priority, timeout, max_attempts, attempt, interruptions, crashes,
+    created_at, run_at, started_at, finished_at, cancel_requested_at, progress, result, error, epoch, seq"""
 
 # Times in events look as they do everywhere else: RFC 3339 in UTC, milliseconds, Z.
 FORM = """'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'"""
 AT = f"to_char(now() AT TIME ZONE 'UTC', {FORM})"
+RUN_AT = f"to_char(run_at AT TIME ZONE 'UTC', {FORM})"
 
-# Insert jobs, each with its first event. $1: [{id, tenant_id, kind, input, tags, timeout}]
+# Queued jobs are run by position: start-time fair queueing over the flows of each tenant and priority. A new job stands
+# a step behind the last of its flow, or at the head of the whole queue if its flow is empty; a step is 1 for high, 4 for
+# normal, 16 for low. So tenants take turns, high goes before low, and no flow waits for ever. The fraction lets high go
+# first among equals.
+FLOWS = """
+    SELECT tenant_id, priority, greatest(
+        (SELECT floor(min(position)) FROM jobs WHERE state = 'queued'),
+        (
+            SELECT floor(max(position)) + power(4, f.priority) FROM jobs q
+            WHERE q.state = 'queued' AND q.tenant_id = f.tenant_id AND q.priority = f.priority
+        ),
+        0
+    ) AS start FROM f"""
+PLACE = """start + priority / 4.0
+        + power(4, priority) * (row_number() OVER (PARTITION BY tenant_id, priority ORDER BY id) - 1)"""
+
+# Insert jobs, each with its first event. One whose idempotency key is taken is left out of the answer.
+# $1: [{id, tenant_id, kind, input, tags, priority, timeout, max_attempts, run_at, delay, idempotency_key, digest}]
 SUBMIT = f"""
-WITH new AS (
-    INSERT INTO jobs (id, tenant_id, kind, state, input, tags, timeout, seq)
-    SELECT id, tenant_id, kind, 'queued', input, tags, timeout, 1
-    FROM jsonb_to_recordset($1::jsonb)
-        AS r (id uuid, tenant_id uuid, kind text, input jsonb, tags text[], timeout float8)
-    RETURNING {JOB}
+WITH r AS (
+    SELECT * FROM jsonb_to_recordset($1::jsonb) AS r (
+        id uuid, tenant_id uuid, kind text, input jsonb, tags text[], priority smallint, timeout float8,
+        max_attempts int, run_at timestamptz, delay float8, idempotency_key text, digest text
+    )
+), f AS (
+    SELECT DISTINCT tenant_id, priority FROM r
+), flows AS ({FLOWS}
+), new AS (
+    INSERT INTO jobs (
+        id, tenant_id, kind, state, input, tags, priority, timeout, max_attempts, run_at, position,
+        idempotency_key, request_digest, seq
+    )
+    SELECT id, tenant_id, kind, CASE WHEN due > now() THEN 'scheduled' ELSE 'queued' END, input, tags, priority,
+        timeout, max_attempts, due, {PLACE}, idempotency_key, digest, 1
+    FROM (SELECT *, coalesce(run_at, now() + delay * interval '1 second') AS due FROM r) r
+    JOIN flows USING (tenant_id, priority)
+    ON CONFLICT (tenant_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
+    RETURNING {JOB}, position
 ), told AS (
     INSERT INTO events (job_id, seq, type, data)
-    SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}) FROM new
+    SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}, 'run_at', {RUN_AT})
+    FROM new
 )
-SELECT {JOB} FROM new
+SELECT {JOB}, position FROM new
+"""
+
+# The job that a key was used for, and the digest of its request. $1: tenant, $2: idempotency key
+REPLAY = f"SELECT {JOB}, request_digest FROM jobs WHERE tenant_id = $1 AND idempotency_key = $2"
+
+# Queue the scheduled jobs that are due. $1: how many
+PROMOTE = f"""
+WITH r AS (
+    SELECT id, tenant_id, priority FROM jobs WHERE state = 'scheduled' AND run_at <= now()
+    ORDER BY run_at LIMIT $1 FOR UPDATE SKIP LOCKED
+), f AS (
+    SELECT DISTINCT tenant_id, priority FROM r
+), flows AS ({FLOWS}
+), placed AS (
+    SELECT id, {PLACE} AS position FROM r JOIN flows USING (tenant_id, priority)
+), promoted AS (
+    UPDATE jobs SET state = 'queued', position = placed.position, seq = seq + 1
+    FROM placed WHERE jobs.id = placed.id
+    RETURNING jobs.id, jobs.state, jobs.attempt, jobs.epoch, jobs.seq, jobs.position
+), told AS (
+    INSERT INTO events (job_id, seq, type, data)
+    SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}) FROM promoted
+    RETURNING job_id, data
+)
+SELECT id, epoch, seq, data, position FROM promoted JOIN told ON told.job_id = promoted.id
 """
 
 # Claim those of the jobs $1 that are still queued. Rows that another worker is claiming are passed over.
@@ -44,14 +101,14 @@ WITH ready AS (
     SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}) FROM claimed
     RETURNING job_id, data
 )
-SELECT id, tenant_id, kind, input, timeout, attempt, token, checkpoint, epoch, seq, data,
-    extract(epoch FROM now() - created_at)::float8 AS waited
+SELECT id, tenant_id, kind, input, timeout, max_attempts, attempt, token, checkpoint, epoch, seq, data,
+    extract(epoch FROM now() - coalesce(run_at, created_at))::float8 AS waited
 FROM claimed JOIN told ON told.job_id = claimed.id
 """
 
-# The oldest jobs that are queued: what Redis lost, or never heard of. $1: kinds, $2: how many
+# The queued jobs whose turn is next: what Redis lost, or never heard of. $1: kinds, $2: how many
 READY = """
-SELECT id FROM jobs WHERE state = 'queued' AND kind = ANY($1::text[]) ORDER BY id LIMIT $2
+SELECT id FROM jobs WHERE state = 'queued' AND kind = ANY($1::text[]) ORDER BY position, id LIMIT $2
 """
 
 # Write the newest progress of running jobs and hear whether they are to be cancelled. $1: [{id, token, progress}]
@@ -77,20 +134,28 @@ CHECKPOINT = """
 UPDATE jobs SET checkpoint = $3::jsonb WHERE id = $1 AND token = $2 AND state = 'running' RETURNING id
 """
 
-# End attempts for good, each with its event and its artifacts. Result, error and artifacts become visible together.
-# $1: [{id, token, state, result, error, progress, artifacts: [{name, content_type, size, sha256, key}]}]
+# End attempts, each with its event: for good with their artifacts, or, if they failed and `delay` is given, until they
+# are due again. Result, error and artifacts become visible together; `failure` is kept for each attempt.
+# $1: [{id, token, state, result, error, failure, delay, progress, artifacts}]; an artifact is
+# {name, content_type, size, sha256, key}
 FINISH = f"""
 WITH r AS (
     SELECT * FROM jsonb_to_recordset($1::jsonb) AS r (
-        id uuid, token bigint, state text, result jsonb, error jsonb, progress jsonb, artifacts jsonb
+        id uuid, token bigint, state text, result jsonb, error jsonb, failure jsonb, delay float8, progress jsonb,
+        artifacts jsonb
     )
 ), finished AS (
     UPDATE jobs SET
         state = r.state, result = r.result, error = r.error, progress = coalesce(r.progress, jobs.progress),
-        seq = seq + 1, finished_at = now(), lease_expires_at = NULL, worker = NULL
+        seq = seq + 1, lease_expires_at = NULL, worker = NULL,
+        run_at = CASE WHEN r.state = 'scheduled' THEN now() + r.delay * interval '1 second' ELSE jobs.run_at END,
+        finished_at = CASE WHEN r.state <> 'scheduled' THEN now() END
     FROM r WHERE jobs.id = r.id AND jobs.token = r.token AND jobs.state = 'running'
     RETURNING jobs.id, jobs.token, jobs.kind, jobs.state, jobs.attempt, jobs.result, jobs.error, jobs.progress,
-        jobs.epoch, jobs.seq
+        jobs.run_at, jobs.epoch, jobs.seq, r.failure
+), failed AS (
+    INSERT INTO failures (job_id, token, attempt, at, error)
+    SELECT id, token, attempt, now(), failure FROM finished WHERE failure IS NOT NULL
 ), kept AS (
     INSERT INTO artifacts (job_id, name, content_type, size, sha256, key)
     SELECT finished.id, a.name, a.content_type, a.size, a.sha256, a.key
@@ -100,7 +165,8 @@ WITH r AS (
 )
 INSERT INTO events (job_id, seq, type, data)
 SELECT id, seq, 'state', jsonb_build_object(
-    'state', state, 'attempt', attempt, 'at', {AT}, 'result', result, 'error', error, 'progress', progress
+    'state', state, 'attempt', attempt, 'at', {AT}, 'result', result, 'error', error, 'progress', progress,
+    'run_at', CASE WHEN state = 'scheduled' THEN {RUN_AT} END
 ) FROM finished
 RETURNING job_id AS id, seq, data, (SELECT epoch FROM finished WHERE finished.id = job_id) AS epoch
 """
@@ -112,37 +178,42 @@ WITH released AS (
         state = 'queued', attempt = attempt - 1, interruptions = interruptions + 1, seq = seq + 1,
         lease_expires_at = NULL, worker = NULL
     WHERE id = $1 AND token = $2 AND state = 'running'
-    RETURNING id, kind, state, attempt, epoch, seq
+    RETURNING id, kind, state, attempt, epoch, seq, position
 )
 INSERT INTO events (job_id, seq, type, data)
 SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}, 'reason', 'interrupted')
 FROM released
-RETURNING job_id AS id, (SELECT epoch FROM released) AS epoch, seq, data
+RETURNING job_id AS id, (SELECT epoch FROM released) AS epoch, seq, data, (SELECT position FROM released) AS position
 """
 
 # Take back jobs whose lease ran out. The crash is counted apart from attempts; at $1 crashes the job fails.
 # A job that was to be cancelled is cancelled. $1: crashes allowed, $2: the error, $3: how many at a time
 RESCUE = f"""
 WITH dead AS (
-    SELECT id FROM jobs WHERE state = 'running' AND lease_expires_at < now()
+    SELECT id, worker, cancel_requested_at IS NOT NULL AS unwanted, crashes + 1 >= $1 AS hopeless
+    FROM jobs WHERE state = 'running' AND lease_expires_at < now()
     ORDER BY lease_expires_at LIMIT $3 FOR UPDATE SKIP LOCKED
 ), rescued AS (
     UPDATE jobs SET
-        state = CASE WHEN cancel_requested_at IS NOT NULL THEN 'cancelled'
-                     WHEN crashes + 1 >= $1 THEN 'failed' ELSE 'queued' END,
-        error = CASE WHEN cancel_requested_at IS NULL AND crashes + 1 >= $1 THEN $2::jsonb END,
-        finished_at = CASE WHEN cancel_requested_at IS NOT NULL OR crashes + 1 >= $1 THEN now() END,
-        attempt = CASE WHEN cancel_requested_at IS NOT NULL OR crashes + 1 >= $1 THEN attempt ELSE attempt - 1 END,
+        state = CASE WHEN unwanted THEN 'cancelled' WHEN hopeless THEN 'failed' ELSE 'queued' END,
+        error = CASE WHEN hopeless AND NOT unwanted THEN $2::jsonb END,
+        finished_at = CASE WHEN hopeless OR unwanted THEN now() END,
+        attempt = CASE WHEN hopeless OR unwanted THEN attempt ELSE attempt - 1 END,
         crashes = crashes + 1, token = token + 1, seq = seq + 1, lease_expires_at = NULL, worker = NULL
     FROM dead WHERE jobs.id = dead.id
-    RETURNING jobs.id, kind, state, attempt, error, epoch, seq
+    RETURNING jobs.id, kind, state, attempt, error, epoch, seq, token, position, dead.worker AS died
+), failed AS (
+    INSERT INTO failures (job_id, token, attempt, at, error)
+    SELECT id, token, attempt, now(), $2::jsonb || jsonb_build_object('message', 'The worker ' || died || ' died.')
+    FROM rescued
+), told AS (
+    INSERT INTO events (job_id, seq, type, data)
+    SELECT id, seq, 'state', jsonb_strip_nulls(jsonb_build_object(
+        'state', state, 'attempt', attempt, 'at', {AT}, 'reason', 'worker died', 'error', error
+    )) FROM rescued
+    RETURNING job_id, data
 )
-INSERT INTO events (job_id, seq, type, data)
-SELECT id, seq, 'state', jsonb_strip_nulls(jsonb_build_object(
-    'state', state, 'attempt', attempt, 'at', {AT}, 'reason', 'worker died', 'error', error
-)) FROM rescued
-RETURNING job_id AS id, (SELECT epoch FROM rescued r WHERE r.id = job_id) AS epoch, seq, data,
-    (SELECT kind FROM rescued r WHERE r.id = job_id) AS kind
+SELECT id, kind, epoch, seq, data, position FROM rescued JOIN told ON told.job_id = rescued.id
 """
 
 # Hold on to what a worker runs. A lease that ran out is not taken up again. $1: ids, $2: tokens, $3: lease
@@ -204,6 +275,12 @@ FROM artifacts a JOIN jobs ON jobs.id = a.job_id
 WHERE a.job_id = $1 AND jobs.tenant_id = $2 ORDER BY a.name
 """
 
+# Why the attempts of a job failed, oldest first. $1: job, $2: tenant
+FAILURES = """
+SELECT f.attempt, f.at, f.error FROM failures f JOIN jobs ON jobs.id = f.job_id
+WHERE f.job_id = $1 AND jobs.tenant_id = $2 ORDER BY f.token
+"""
+
 # $1: id, $2: tenant, $3: name, $4: content type, $5: size, $6: sha256
 ADD_FILE = """
 INSERT INTO files (id, tenant_id, name, content_type, size, sha256) VALUES ($1, $2, $3, $4, $5, $6)
@@ -221,18 +298,18 @@ SELECT tenant_id, digest FROM api_keys
 WHERE id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
 """
 
-# Tell everyone which kinds a worker runs. $1: [{name, description, timeout, input_schema, result_schema}]
+# Tell everyone which kinds a worker runs. $1: [{name, description, timeout, max_attempts, input_schema, result_schema}]
 ANNOUNCE_KINDS = """
-INSERT INTO kinds (name, description, timeout, input_schema, result_schema, announced_at)
-SELECT name, description, timeout, input_schema, result_schema, now()
+INSERT INTO kinds (name, description, timeout, max_attempts, input_schema, result_schema, announced_at)
+SELECT name, description, timeout, max_attempts, input_schema, result_schema, now()
 FROM jsonb_to_recordset($1::jsonb)
-    AS r (name text, description text, timeout float8, input_schema jsonb, result_schema jsonb)
+    AS r (name text, description text, timeout float8, max_attempts int, input_schema jsonb, result_schema jsonb)
 ON CONFLICT (name) DO UPDATE SET
-    description = excluded.description, timeout = excluded.timeout, input_schema = excluded.input_schema,
-    result_schema = excluded.result_schema, announced_at = excluded.announced_at
+    description = excluded.description, timeout = excluded.timeout, max_attempts = excluded.max_attempts,
+    input_schema = excluded.input_schema, result_schema = excluded.result_schema, announced_at = excluded.announced_at
 """
 
-KINDS = "SELECT name, description, timeout, input_schema, result_schema FROM kinds ORDER BY name"
+KINDS = "SELECT name, description, timeout, max_attempts, input_schema, result_schema FROM kinds ORDER BY name"
 
 # Open jobs by state, and the age in seconds of the oldest that is queued.
 OPEN = """

@@ -6,19 +6,16 @@ service, the worker and the servers, in this order.
 
 import logging
 import os
-import shlex
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 import click
 
 from headway.embedded import Embedded
-from headway.errors import HeadwayError, StartFailed
+from headway.errors import StartFailed
 from services.run.child import Child, ending, spawn
 from services.run.setup import Setup
 
@@ -137,7 +134,9 @@ class Supervisor:
             if not child.running:
                 raise StartFailed(f"The {child.name} ended while it started.\n{_end_of(child.log_file)}")
             if time.monotonic() > deadline:
-                raise StartFailed(f"The {child.name} is not ready after {READY_WITHIN:.0f} s.\n{_end_of(child.log_file)}")
+                raise StartFailed(
+                    f"The {child.name} is not ready after {READY_WITHIN:.0f} s.\n{_end_of(child.log_file)}"
+                )
             self._pause(keep_running=False)
 
     def _wait_for(self, process: "subprocess.Popen[bytes]") -> None:
@@ -170,5 +169,4 @@ class Supervisor:
             f"  Metrics  {setup.ops_url('web')}/metrics and {setup.ops_url('worker')}/metrics\n"
         )
 
-    def _command(self, *arguments: str) -> str:
-        ...
+    def _command(self, *arguments: str) -> str: ...

@@ -78,7 +78,9 @@ class Child:
             self._process.send_signal(number)
 
 
-def spawn(arguments: list[str], environment: Mapping[str, str], output: IO[bytes] | None = None) -> "subprocess.Popen[bytes]":
+def spawn(
+    arguments: list[str], environment: Mapping[str, str], output: IO[bytes] | None = None
+) -> "subprocess.Popen[bytes]":
     """Python with these arguments, in a session of its own so that Ctrl-C does not reach it."""
     return subprocess.Popen(  # noqa: S603
         [sys.executable, *arguments],

@@ -5,7 +5,6 @@ import json
 import secrets
 import socket
 from collections.abc import Mapping
-from pathlib import Path
 
 from headway.embedded import write_private
 from headway.errors import StartFailed
@@ -23,7 +22,12 @@ class Setup:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
-        later = {"database_url": "postgresql://", "redis_url": "redis://", "secret_key": "-" * 32, "key_pepper": "-" * 32}
+        later = {
+            "database_url": "postgresql://",
+            "redis_url": "redis://",
+            "secret_key": "-" * 32,
+            "key_pepper": "-" * 32,
+        }
         self.settings: Settings = load(
             {variable(name): value for name, value in later.items() if not self.has(name)} | dict(environ)
         )

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import structlog
 from pydantic import ValidationError
 
 from headway import metrics
-from headway.errors import Fatal, HandlerFailed, InputRefused, JobError, LeaseLost, TimedOut
+from headway.errors import Fatal, HandlerFailed, InputRefused, JobError, LeaseLost, Retry, TimedOut
 from headway.job import Claim
 from headway.kinds import Kind
 from headway.lifecycle import MESSAGE, Ending
@@ -22,6 +23,8 @@ from services.worker.context import Context, Parts
 
 # How long a handler that was interrupted may take to clean up before it is left to itself.
 GRACE = 10.0
+# How much of a traceback's end is kept.
+TRACEBACK = 20_000
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +36,8 @@ class Outcome:
     state: JobState
     result: Any = None
     error: JobError | None = None
+    failure: Mapping[str, Any] | None = None
+    delay: float | None = None
 
 
 class Attempt:
@@ -83,7 +88,16 @@ class Runner:
                     await self._give_up(claim, attempt, context)
                 else:
                     await self._finish(
-                        Ending(claim, outcome.state, outcome.result, outcome.error, progress, context.artifacts)
+                        Ending(
+                            claim,
+                            outcome.state,
+                            result=outcome.result,
+                            error=outcome.error,
+                            failure=outcome.failure,
+                            progress=progress,
+                            artifacts=context.artifacts,
+                            delay=outcome.delay,
+                        )
                     )
             except LeaseLost as error:
                 log.warning("the lease was lost; nothing was written", error=str(error))
@@ -107,12 +121,28 @@ class Runner:
             return None
         if task.done() and not task.cancelled() and error is None:
             return Outcome(JobState.SUCCEEDED, result=task.result())
-        if attempt.reason is not None:
-            return _interrupted(attempt.reason, claim)
+        if attempt.reason == "cancelled":
+            return Outcome(JobState.CANCELLED)
+        if attempt.reason == "drained":
+            return None
+        if attempt.reason == "timed-out":
+            error = TimedOut(f"The attempt ran longer than its timeout, {claim.timeout:g} s.")
+        return self._failed(claim, error or asyncio.CancelledError())
+
+    def _failed(self, claim: Claim, error: BaseException) -> Outcome:
+        """Failed for good, or to be run again: if the error permits it and an attempt is left."""
+        failure = {"type": HandlerFailed.slug, "message": _message(error)}
         if isinstance(error, JobError):
-            return Outcome(JobState.FAILED, error=error)
-        log.error("a handler failed", exc_info=error)
-        return Outcome(JobState.FAILED, error=HandlerFailed(_message(error or asyncio.CancelledError())))
+            shown, failure = error, {**error.as_json()}
+        else:
+            log.error("a handler failed", exc_info=error)
+            shown = HandlerFailed(failure["message"])
+            failure["class"] = f"{type(error).__module__}.{type(error).__qualname__}"
+            failure["traceback"] = "".join(traceback.format_exception(error)).replace("\0", "")[-TRACEBACK:]
+        if isinstance(shown, Fatal | InputRefused) or claim.attempt >= claim.max_attempts:
+            return Outcome(JobState.FAILED, error=shown, failure=failure)
+        delay = shown.after if isinstance(shown, Retry) else self._kinds[claim.kind].backoff(claim.attempt)
+        return Outcome(JobState.SCHEDULED, error=shown, failure=failure, delay=delay)
 
     async def _handle(self, claim: Claim, context: Context) -> Any:
         """The handler's result as JSON values."""
@@ -156,16 +186,6 @@ class Runner:
             log.info("a job was given back")
         else:
             log.warning("an attempt was stopped: its lease was lost")
-
-
-def _interrupted(reason: str, claim: Claim) -> Outcome | None:
-    if reason == "cancelled":
-        return Outcome(JobState.CANCELLED)
-    if reason == "timed-out":
-        return Outcome(
-            JobState.FAILED, error=TimedOut(f"The attempt ran longer than its timeout, {claim.timeout:g} s.")
-        )
-    return None
 
 
 async def _await_end(task: "asyncio.Task[Any]") -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -24,6 +25,9 @@ SCAN_EVERY = 0.5
 RESCUE_EVERY = 2.0
 COUNT_EVERY = 5.0
 RESCUED_AT_ONCE = 100
+# A delay is met to within this and a statement's time.
+PROMOTE_EVERY = 0.05
+PROMOTED_AT_ONCE = 500
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +74,7 @@ class HeadwayWorker(Worker):
         self._keeper = keeper
         self._claiming = asyncio.Lock()
         self._freed = asyncio.Event()
+        self._freed_for_scan = asyncio.Event()
         self._rescue_at = self._count_at = 0.0
         metrics.slots.set(slots)
 
@@ -80,9 +85,13 @@ class HeadwayWorker(Worker):
 
     async def main(self) -> None:
         """Listen and scan until cancelled."""
+        if not self.allow_pick_jobs:
+            # Told to stop before it began.
+            return
         async with asyncio.TaskGroup() as loops:
             loops.create_task(self._listen())
             loops.create_task(self._scan())
+            loops.create_task(self._promote())
 
     async def start_jobs(self, job_ids: Sequence[bytes]) -> None:
         """Claim those jobs that are still queued and run them; more than there are slots go back to the queue."""
@@ -120,11 +129,12 @@ class HeadwayWorker(Worker):
 
     async def _scan(self) -> None:
         """See in Postgres to whatever Redis did not bring, and to workers that died."""
+        behind = False
         while True:
-            await asyncio.sleep(SCAN_EVERY)
+            await self._until_next_scan(behind)
             try:
-                if self.free:
-                    await self._claim(await self._store.ready(self._kinds, self.free))
+                if free := self.free:
+                    behind = await self._claim(await self._store.ready(self._kinds, free)) == free
                 if self.tasks:
                     for job_id in await self._store.cancel_requested(self.name):
                         self._runner.interrupt(job_id, "cancelled")
@@ -135,28 +145,53 @@ class HeadwayWorker(Worker):
                     await self._count()
                     self._count_at = time.monotonic() + COUNT_EVERY
             except OUTAGES as error:
+                behind = False
                 log.warning("a scan failed; the next one follows", error=repr(error))
 
-    async def _claim(self, ids: Sequence[UUID]) -> None:
+    async def _until_next_scan(self, behind: bool) -> None:
+        """A moment; or, if the last scan found as many jobs as there were slots, until a slot is free."""
+        if not behind:
+            await asyncio.sleep(SCAN_EVERY)
+        elif not self.free:
+            self._freed_for_scan.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SCAN_EVERY):
+                    await self._freed_for_scan.wait()
+
+    async def _promote(self) -> None:
+        """Queue scheduled jobs as they become due, on the database's clock."""
+        while True:
+            try:
+                while await self._lifecycle.promote(PROMOTED_AT_ONCE) == PROMOTED_AT_ONCE:
+                    pass
+            except OUTAGES as error:
+                log.warning("scheduled jobs were not queued; the next look follows", error=repr(error))
+            await asyncio.sleep(PROMOTE_EVERY)
+
+    async def _claim(self, ids: Sequence[UUID]) -> int:
+        """Start what can be claimed of `ids`; how many jobs that were."""
         async with self._claiming:
             taken, left = ids[: self.free], ids[self.free :]
             for job_id in left:
-                self._queue.wake(job_id)
+                self._queue.wake(job_id, 0)
             if not taken:
-                return
+                return 0
             sent_at = time.monotonic()
-            for claim in await self._lifecycle.claim(taken, self._kinds, self.name):
+            claims = await self._lifecycle.claim(taken, self._kinds, self.name)
+            for claim in claims:
                 self._keeper.hold(claim, sent_at)
                 task = asyncio.create_task(self._runner.run(claim))
                 self.tasks[str(claim.job_id)] = task
                 task.add_done_callback(partial(self._ended, claim))
             metrics.slots_busy.set(len(self.tasks))
+            return len(claims)
 
     def _ended(self, claim: Claim, _: asyncio.Task[None]) -> None:
         self._keeper.drop(claim.job_id)
         del self.tasks[str(claim.job_id)]
         metrics.slots_busy.set(len(self.tasks))
         self._freed.set()
+        self._freed_for_scan.set()
 
     async def _count(self) -> None:
         counts, oldest = await self._store.open_jobs()

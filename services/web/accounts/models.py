@@ -53,7 +53,12 @@ class Job(models.Model):
     state = models.TextField()
     input = models.JSONField()
     tags = ArrayField(models.TextField(), db_default=[])
+    priority = models.SmallIntegerField(db_default=1)
+    position = models.FloatField(db_default=0)
     timeout = models.FloatField()
+    max_attempts = models.IntegerField(db_default=1)
+    idempotency_key = models.TextField(null=True)
+    request_digest = models.CharField(max_length=64, null=True)
     attempt = models.IntegerField(db_default=0)
     interruptions = models.IntegerField(db_default=0)
     crashes = models.IntegerField(db_default=0)
@@ -61,6 +66,7 @@ class Job(models.Model):
     worker = models.TextField(null=True)
     lease_expires_at = models.DateTimeField(null=True)
     created_at = models.DateTimeField(db_default=Now())
+    run_at = models.DateTimeField(null=True)
     started_at = models.DateTimeField(null=True)
     finished_at = models.DateTimeField(null=True)
     cancel_requested_at = models.DateTimeField(null=True)
@@ -75,10 +81,21 @@ class Job(models.Model):
         db_table = "jobs"
         ordering: ClassVar = ["-id"]
         constraints: ClassVar = [
-            models.CheckConstraint(condition=models.Q(state__in=[state.value for state in JobState]), name="jobs_state")
+            models.CheckConstraint(
+                condition=models.Q(state__in=[state.value for state in JobState]), name="jobs_state"
+            ),
+            models.UniqueConstraint(
+                fields=["tenant", "idempotency_key"],
+                name="jobs_idempotency",
+                condition=models.Q(idempotency_key__isnull=False),
+            ),
         ]
         indexes: ClassVar = [
-            models.Index(fields=["id"], name="jobs_ready", condition=models.Q(state="queued")),
+            models.Index(fields=["position", "id"], name="jobs_by_position", condition=models.Q(state="queued")),
+            models.Index(
+                fields=["tenant", "priority", "position"], name="jobs_flows", condition=models.Q(state="queued")
+            ),
+            models.Index(fields=["run_at"], name="jobs_due", condition=models.Q(state="scheduled")),
             models.Index(fields=["lease_expires_at"], name="jobs_leases", condition=models.Q(state="running")),
             models.Index(fields=["tenant", "-id"], name="jobs_listing"),
             models.Index(fields=["tenant", "state", "-id"], name="jobs_by_state"),
@@ -118,6 +135,20 @@ class Artifact(models.Model):
         db_table = "artifacts"
 
 
+class Failure(models.Model):
+    """Why an attempt of a job failed, with its traceback."""
+
+    pk = models.CompositePrimaryKey("job_id", "token")
+    job = models.ForeignKey(Job, models.DO_NOTHING, db_index=False, db_constraint=False)
+    token = models.BigIntegerField()
+    attempt = models.IntegerField()
+    at = models.DateTimeField()
+    error = models.JSONField()
+
+    class Meta:
+        db_table = "failures"
+
+
 class File(models.Model):
     """An uploaded file."""
 
@@ -139,6 +170,7 @@ class Kind(models.Model):
     name = models.TextField(primary_key=True)
     description = models.TextField()
     timeout = models.FloatField()
+    max_attempts = models.IntegerField(db_default=1)
     input_schema = models.JSONField()
     result_schema = models.JSONField()
     announced_at = models.DateTimeField()

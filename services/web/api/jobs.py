@@ -3,22 +3,25 @@
 import base64
 import re
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 from uuid import UUID
 
 from django.http import HttpResponse, StreamingHttpResponse
 from ninja import Field, Query, Router, Schema
-from pydantic import ConfigDict
+from pydantic import AwareDatetime, ConfigDict, model_validator
 
 from headway.errors import BadRequest, NotFound
-from headway.job import Artifact, Job
+from headway.job import Artifact, Job, Priority, timestamp
 from headway.lifecycle import NewJob
 from headway.states import JobState
 from services.web.api.answers import answer
 from services.web.api.request import ApiRequest
 
 LONGEST = 7 * 86400.0
+FARTHEST = 400 * 86400.0
+KEY = re.compile(r"[!-~]{1,255}")
 RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 
 router = Router(tags=["jobs"])
@@ -34,9 +37,32 @@ class Submission(Schema):
     kind: str = Field(max_length=200, description="One of `GET /kinds`.", examples=["csv.import"])
     input: Any = Field(description="What the kind works on; its input_schema says what fits.")
     tags: list[Tag] = Field(default=[], max_length=20, description="Words to find the job by.")
+    priority: Literal["high", "normal", "low"] = Field(
+        default="normal", description="Which of the tenant's jobs go first; low ones wait longer, but not for ever."
+    )
+    run_at: AwareDatetime | None = Field(
+        default=None, description="When to run it, with a time zone; at once if left out."
+    )
+    delay: float | None = Field(default=None, ge=0, le=FARTHEST, description="Seconds to wait, instead of run_at.")
     timeout: float | None = Field(
         default=None, gt=0, le=LONGEST, description="Seconds an attempt may run; the kind's own if left out."
     )
+    max_attempts: int | None = Field(
+        default=None,
+        ge=1,
+        le=100,
+        description="Attempts it may take; the kind's own number if left out.",
+    )
+
+    @model_validator(mode="after")
+    def _one_time(self) -> "Submission":
+        if self.run_at is not None:
+            if self.delay is not None:
+                raise ValueError("send run_at or delay, not both")
+            ahead = (self.run_at - datetime.now(UTC)).total_seconds()
+            if not -60 <= ahead <= FARTHEST:
+                raise ValueError("run_at must lie ahead, by at most 400 days; leave it out to run the job at once")
+        return self
 
 
 class Filter(Schema):
@@ -56,10 +82,24 @@ async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
     """Answers 202 once the job is committed; `Location` is where to follow it."""
     app, tenant_id = request.app, request.auth.tenant_id
     entry = await app.catalog.check(job.kind, job.input)
-    accepted = await app.lifecycle.submit(
-        NewJob(tenant_id, job.kind, job.input, job.tags, job.timeout or entry.kind["timeout"])
+    accepted, created = await app.lifecycle.submit(
+        NewJob(
+            tenant_id,
+            job.kind,
+            job.input,
+            job.tags,
+            Priority[job.priority.upper()],
+            job.timeout or entry.kind["timeout"],
+            job.max_attempts or entry.kind["max_attempts"],
+            run_at=timestamp(job.run_at),
+            delay=job.delay,
+            idempotency_key=_idempotency_key(request),
+        )
     )
-    return answer(accepted.as_json(), 202, {"Location": f"/api/v1/jobs/{accepted.id}"})
+    headers = {"Location": f"/api/v1/jobs/{accepted.id}"}
+    if created:
+        return answer(accepted.as_json(), 202, headers)
+    return answer(accepted.as_json(), 200, {**headers, "Idempotent-Replayed": "true"})
 
 
 @router.get("", summary="List jobs, newest first")
@@ -95,6 +135,13 @@ async def cancel(request: ApiRequest, job_id: UUID) -> HttpResponse:
     """202 while a running job is being stopped; 200 with the job as it ended if it is over."""
     job = await request.app.lifecycle.cancel(job_id, request.auth.tenant_id)
     return answer(job.as_json(), 200 if job.state.terminal else 202)
+
+
+@router.get("/{uuid:job_id}/failures", summary="Why attempts of a job failed")
+async def list_failures(request: ApiRequest, job_id: UUID) -> HttpResponse:
+    """One for each attempt that failed, oldest first: type, message, and for exceptions class and traceback."""
+    await _job(request, job_id)
+    return answer({"failures": await request.app.store.failures(job_id, request.auth.tenant_id)})
 
 
 @router.get("/{uuid:job_id}/artifacts", summary="The files that a job made")
@@ -162,6 +209,13 @@ async def _job(request: ApiRequest, job_id: UUID) -> Job:
 async def _artifacts(request: ApiRequest, job_id: UUID) -> list[Artifact]:
     await _job(request, job_id)
     return await request.app.store.artifacts(job_id, request.auth.tenant_id)
+
+
+def _idempotency_key(request: ApiRequest) -> str | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is not None and not KEY.fullmatch(key):
+        raise BadRequest("An Idempotency-Key has 1 to 255 visible ASCII characters, such as a UUID.")
+    return key
 
 
 def _cursor(job: Job) -> str:

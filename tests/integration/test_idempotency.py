@@ -1,0 +1,59 @@
+"""Idempotency-Key: a request that is sent again makes no second job."""
+
+import asyncio
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+from redis.asyncio import Redis
+
+from tests.conftest import Service, make_tenant
+
+JOB = {"kind": "demo.countdown", "input": {"seconds": 0}}
+
+
+async def submit(service: Service, key: str, job: dict[str, Any] = JOB) -> httpx.Response:
+    return await service.http.post("/api/v1/jobs", json=job, headers={"Idempotency-Key": key})
+
+
+async def test_the_same_request_gets_the_same_job(service: Service, redis: Redis) -> None:
+    first = await submit(service, "a")
+    await redis.flushall()
+    again = await submit(service, "a")
+
+    assert (first.status_code, again.status_code) == (202, 200)
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert again.json()["id"] == first.json()["id"]
+    assert again.headers["Location"] == first.headers["Location"]
+
+
+async def test_another_request_with_the_key_is_refused(service: Service) -> None:
+    await submit(service, "a")
+    other = await submit(service, "a", {**JOB, "tags": ["x"]})
+
+    assert (other.status_code, other.json()["type"]) == (422, "urn:headway:problem:idempotency-key-reused")
+
+
+async def test_a_hundred_at_once_make_one_job(service: Service, database: asyncpg.Connection) -> None:
+    answers = await asyncio.gather(*(submit(service, "a") for _ in range(100)))
+
+    assert sorted({answer.status_code for answer in answers}) == [200, 202]
+    assert len({answer.json()["id"] for answer in answers}) == 1
+    assert await database.fetchval("SELECT count(*) FROM jobs") == 1
+
+
+async def test_keys_of_tenants_are_apart(service: Service, database: asyncpg.Connection) -> None:
+    first = await submit(service, "a")
+    service.http.headers["Authorization"] = f"Bearer {(await make_tenant(database, 'other')).api_key}"
+    other = await submit(service, "a")
+
+    assert other.status_code == 202
+    assert other.json()["id"] != first.json()["id"]
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "a b", b"\xc3\xa9"])
+async def test_a_key_that_cannot_be_one_is_refused(service: Service, key: Any) -> None:
+    answer = await submit(service, key)
+
+    assert (answer.status_code, answer.json()["type"]) == (400, "urn:headway:problem:bad-request")
