@@ -8,7 +8,7 @@ from headway import Fatal, JobContext, Retry, kind
 calls: list[Any] = []
 
 
-@kind("test.fail", max_attempts=3, backoff="1ms")
+@kind("engine.fail", max_attempts=3, backoff="1ms")
 async def fail(job: JobContext, input: dict[str, Any]) -> str:
     calls.append((input, job.attempt))
     if input.get("fatal"):
@@ -20,11 +20,11 @@ async def fail(job: JobContext, input: dict[str, Any]) -> str:
     return "done"
 
 
-@kind("test.note")
+@kind("engine.note")
 async def note(job: JobContext, input: Any) -> None:
     calls.append(input)
 
 
-@kind("test.hold")
+@kind("engine.hold")
 async def hold(job: JobContext, input: float) -> None:
     await asyncio.sleep(input)

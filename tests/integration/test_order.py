@@ -26,7 +26,7 @@ def client(url: str, tenant: Tenant) -> httpx.AsyncClient:
 
 
 async def submit(http: httpx.AsyncClient, input: Any, **fields: Any) -> dict[str, Any]:
-    answer = await http.post("/api/v1/jobs", json={"kind": "test.note", "input": input, **fields})
+    answer = await http.post("/api/v1/jobs", json={"kind": "engine.note", "input": input, **fields})
     assert answer.status_code == 202, answer.text
     return answer.json()
 
@@ -65,7 +65,7 @@ async def test_a_job_is_started_when_it_is_due(
     ],
 )
 async def test_a_time_or_priority_that_cannot_be_is_refused(service: Service, fields: dict[str, Any]) -> None:
-    answer = await service.http.post("/api/v1/jobs", json={"kind": "test.note", "input": 1, **fields})
+    answer = await service.http.post("/api/v1/jobs", json={"kind": "engine.note", "input": 1, **fields})
 
     assert (answer.status_code, answer.json()["type"]) == (422, "urn:headway:problem:invalid-request")
 

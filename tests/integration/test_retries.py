@@ -17,14 +17,14 @@ def settings(settings: Settings) -> Iterator[Settings]:
 
 
 async def test_an_attempt_that_fails_is_run_again_until_it_succeeds(service: Service) -> None:
-    job = await run(service, "test.fail", {"times": 2})
+    job = await run(service, "engine.fail", {"times": 2})
 
     assert (job["state"], job["attempt"], job["result"], job["error"]) == ("succeeded", 3, "done", None)
     assert [attempt for _, attempt in engine_kinds.calls] == [1, 2, 3]
 
 
 async def test_a_job_fails_when_no_attempt_is_left_and_every_failure_can_be_read(service: Service) -> None:
-    job = await run(service, "test.fail", {}, max_attempts=2)
+    job = await run(service, "engine.fail", {}, max_attempts=2)
 
     assert (job["state"], job["attempt"]) == ("failed", 2)
     assert job["error"] == {"type": "handler-failed", "message": "ValueError: attempt 2"}
@@ -35,14 +35,14 @@ async def test_a_job_fails_when_no_attempt_is_left_and_every_failure_can_be_read
 
 
 async def test_fatal_is_not_run_again(service: Service) -> None:
-    job = await run(service, "test.fail", {"fatal": True})
+    job = await run(service, "engine.fail", {"fatal": True})
 
     assert (job["state"], job["attempt"]) == ("failed", 1)
     assert job["error"] == {"type": "fatal", "message": "Never."}
 
 
 async def test_a_handler_chooses_when_to_be_run_again(service: Service, database: asyncpg.Connection) -> None:
-    job = await run(service, "test.fail", {"after": 0.3, "times": 0})
+    job = await run(service, "engine.fail", {"after": 0.3, "times": 0})
 
     assert (job["state"], job["attempt"]) == ("succeeded", 2)
     events = [row["data"] for row in await database.fetch("SELECT data FROM events ORDER BY seq")]
