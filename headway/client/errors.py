@@ -39,7 +39,7 @@ class ApiError(ClientError):
         detail: str,
         *,
         status: int,
-        type: str = "about:blank",  # noqa: A002 - the member's name in RFC 9457
+        type: str = "about:blank",
         title: str = "",
         errors: Sequence[Mapping[str, Any]] = (),
         retry_after: float | None = None,

@@ -24,7 +24,7 @@ FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 5.0
 PATIENCE = 300.0
 LARGEST_FRAME = 16 << 20
-RESTART = 1012
+RESTART, UNAUTHORISED, NO_SUCH_JOB = 1012, 4501, 4506
 
 Json = dict[str, Any]
 
@@ -69,12 +69,7 @@ async def follow(client: "Client", job_id: str) -> AsyncGenerator[Json, None]:
                     if _ended(envelope):
                         return
         except _Lost as lost:
-            # Where sockets never get through, one warning is enough.
-            log.log(
-                logging.DEBUG if failures else logging.WARNING, "The live connection broke (%s); trying again.", lost
-            )
-            pause = lost.pause or min(LONGEST_PAUSE, FIRST_PAUSE * 2**failures)
-        failures += 1
+            reason, pause = str(lost), lost.pause or min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures, 10))
         try:
             job = await client.get(job_id)
         except (ConnectionFailed, Unavailable):
@@ -86,6 +81,9 @@ async def follow(client: "Client", job_id: str) -> AsyncGenerator[Json, None]:
                 yield _snapshot(job)
             if job["state"] in TERMINAL:
                 return
+        # Where sockets never get through, one warning is enough.
+        log.log(logging.DEBUG if failures else logging.WARNING, "The live connection broke (%s); trying again.", reason)
+        failures += 1
         await asyncio.sleep(random.uniform(0, pause))  # noqa: S311
 
 
@@ -148,9 +146,9 @@ def _closed(error: ConnectionClosed) -> Exception:
     if error.rcvd is None:
         return _Lost("it ended without a goodbye")
     code, reason = error.rcvd.code, error.rcvd.reason
-    if code == 4501:
+    if code == UNAUTHORISED:
         return Unauthenticated(reason or "The API key is not valid.", status=401)
-    if code == 4504:
+    if code == NO_SUCH_JOB:
         return NotFound(reason or "There is no such job.", status=404)
     if 4500 <= code < 4600:
         return ApiError(reason or f"The server closed the live connection with code {code}.", status=code)
