@@ -1,6 +1,6 @@
 """Job, Progress, Event, File, Artifact: frozen records and their JSON shape."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -148,3 +148,15 @@ class Artifact:
 
     def as_json(self) -> dict[str, Any]:
         return {"name": self.name, "content_type": self.content_type, "size": self.size, "sha256": self.sha256}
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an attempt ended its job."""
+
+    claim: Claim
+    state: JobState
+    result: Any = None
+    error: Mapping[str, str] | None = None
+    progress: Mapping[str, Any] | None = None
+    artifacts: Sequence[Artifact] = ()

@@ -1,7 +1,7 @@
 """The one place that changes a job's state: submit, claim, report, finish, release, rescue, cancel.
 
-Each change is committed first and announced after. A write of a running job names the attempt's token; if it matches
-no row the attempt is over, and LeaseLost says so.
+Each change is committed first and announced after, also when its caller has gone away meanwhile. A write of a running
+job names the attempt's token; if it matches no row the attempt is over, and LeaseLost says so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,15 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-import asyncpg
 from uuid_utils.compat import uuid7
 
 from headway import metrics
-from headway.errors import Crashed, JobError, LeaseLost, NotFound
+from headway.errors import Crashed, LeaseLost, NotFound
 from headway.events import Events
-from headway.job import Artifact, Claim, Event, Job
+from headway.job import Claim, Ending, Event, Job
 from headway.queue import Queue
 from headway.states import JobState
-from headway.store import Store
+from headway.store import REFUSALS, Store
 from headway.store.batch import Batch
 
 LEASE = timedelta(seconds=15)
@@ -38,34 +37,26 @@ class NewJob:
     timeout: float
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How an attempt ended."""
-
-    claim: Claim
-    state: JobState
-    result: Any = None
-    error: JobError | None = None
-    progress: Mapping[str, Any] | None = None
-    artifacts: Sequence[Artifact] = ()
+def kept(text: str) -> str:
+    """What is kept of a message: 2,000 characters at most, and none that Postgres cannot hold."""
+    return text[:MESSAGE].replace("\0", "").encode(errors="replace").decode()
 
 
 class Lifecycle:
-    """Moves jobs from state to state in `store`, and tells `queue` and `events`."""
+    """Moves jobs from state to state in `store`, and tells `queue` and `events`. A claim lasts for `lease`."""
 
-    def __init__(self, store: Store, queue: Queue, events: Events) -> None:
+    def __init__(self, store: Store, queue: Queue, events: Events, *, lease: timedelta = LEASE) -> None:
         self._store = store
         self._queue = queue
         self._events = events
-        self._submit = Batch(self._store.submit, most=200, faulty=(asyncpg.DataError,))
-        self._report = Batch(self._store.report, most=500)
-        self._finish = Batch(
-            self._store.finish, most=200, faulty=(asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
-        )
+        self._lease = lease
+        self._submit = Batch(self._submit_all, most=200, faulty=REFUSALS)
+        self._report = Batch(self._report_all, most=500, faulty=REFUSALS)
+        self._finish = Batch(self._finish_all, most=200, faulty=REFUSALS)
 
     async def submit(self, new: NewJob) -> Job:
         """Accept a job: it is committed when this returns."""
-        job = await self._submit(
+        return await self._submit(
             {
                 "id": str(uuid7()),
                 "tenant_id": str(new.tenant_id),
@@ -75,14 +66,11 @@ class Lifecycle:
                 "timeout": new.timeout,
             }
         )
-        metrics.jobs_submitted.labels(new.kind).inc()
-        self._queue.wake(job.id)
-        return job
 
     async def claim(self, ids: Sequence[UUID], kinds: Sequence[str], worker: str) -> list[Claim]:
         """Take those of `ids` that are still queued. One that is missing from the answer is someone else's."""
         claims = []
-        for claim, event, waited in await self._store.claim(ids, kinds, worker, LEASE):
+        for claim, event, waited in await self._store.claim(ids, kinds, worker, self._lease):
             if claim.token == 1:
                 metrics.queue_wait.labels(claim.kind).observe(waited)
             self._events.publish(event)
@@ -94,13 +82,11 @@ class Lifecycle:
         written = await self._report((claim, progress))
         if written is None:
             raise self._lost(claim)
-        event, cancel_requested = written
-        self._events.publish(event)
-        return cancel_requested
+        return written[1]
 
     async def log(self, claim: Claim, message: str, level: str) -> None:
         """Add a log event; the message is cut at 2,000 characters. Raises LeaseLost."""
-        self._announce(claim, await self._store.log(claim, message.replace("\0", "")[:MESSAGE], level))
+        self._announce(claim, await self._store.log(claim, kept(message), level))
 
     async def save_checkpoint(self, claim: Claim, value: Any) -> None:
         """Keep what the next attempt starts from. Raises LeaseLost."""
@@ -108,20 +94,27 @@ class Lifecycle:
             raise self._lost(claim)
 
     async def finish(self, ending: Ending) -> None:
-        """End the job: state, result, error and artifacts become visible together. Raises LeaseLost."""
-        self._announce(
-            ending.claim,
-            await self._finish(
-                (ending.claim, ending.state, ending.result, ending.error, ending.progress, ending.artifacts)
-            ),
-        )
-        metrics.jobs_finished.labels(ending.claim.kind, ending.state.value).inc()
+        """End the job: state, result, error and artifacts become visible together. Raises LeaseLost.
+
+        After an outage it may be called again: an ending that was written, though the answer was lost, stands.
+        """
+        if await self._finish(ending) is None:
+            event = await self._store.ended_by(ending.claim)
+            if event is None or event.data["state"] != ending.state:
+                raise self._lost(ending.claim)
+            self._ended(ending, event)
 
     async def release(self, claim: Claim) -> None:
-        """Give a job back that was interrupted; the attempt does not count. Raises LeaseLost."""
-        self._announce(claim, await self._store.release(claim))
+        """Give a job back that was interrupted; the attempt does not count. Raises LeaseLost.
+
+        A job that was to be cancelled is cancelled.
+        """
+        event = self._announce(claim, await self._store.release(claim))
         metrics.interrupted.labels(claim.kind).inc()
-        self._queue.wake(claim.job_id)
+        if event.terminal:
+            metrics.jobs_finished.labels(claim.kind, event.data["state"]).inc()
+        else:
+            self._queue.wake(claim.job_id)
 
     async def rescue(self, limit: int) -> int:
         """Take back jobs of workers that died; how many there were."""
@@ -150,10 +143,38 @@ class Lifecycle:
         self._events.publish(event)
         return job
 
-    def _announce(self, claim: Claim, event: Event | None) -> None:
+    async def _submit_all(self, jobs: Sequence[Mapping[str, Any]]) -> Sequence[Job]:
+        accepted = await self._store.submit(jobs)
+        for job in accepted:
+            metrics.jobs_submitted.labels(job.kind).inc()
+            self._queue.wake(job.id)
+        return accepted
+
+    async def _report_all(
+        self, reports: Sequence[tuple[Claim, Mapping[str, Any]]]
+    ) -> Sequence[tuple[Event, bool] | None]:
+        written = await self._store.report(reports)
+        for answer in written:
+            if answer is not None:
+                self._events.publish(answer[0])
+        return written
+
+    async def _finish_all(self, endings: Sequence[Ending]) -> Sequence[Event | None]:
+        written = await self._store.finish(endings)
+        for ending, event in zip(endings, written, strict=True):
+            if event is not None:
+                self._ended(ending, event)
+        return written
+
+    def _ended(self, ending: Ending, event: Event) -> None:
+        metrics.jobs_finished.labels(ending.claim.kind, ending.state.value).inc()
+        self._events.publish(event)
+
+    def _announce(self, claim: Claim, event: Event | None) -> Event:
         if event is None:
             raise self._lost(claim)
         self._events.publish(event)
+        return event
 
     def _lost(self, claim: Claim) -> LeaseLost:
         metrics.lease_lost.inc()

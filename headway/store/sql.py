@@ -1,7 +1,8 @@
 """The SQL of the store, named. Every statement that writes a running job is fenced by `token`.
 
 Statements work on many jobs at once: their argument is a JSON array of records, so that what arrives while one
-statement runs shares the next.
+statement runs shares the next. Those that wait for locks on several jobs take them in the order of the ids, so that no
+two of them wait for each other.
 """
 
 JOB = """
@@ -16,7 +17,7 @@ AT = f"to_char(now() AT TIME ZONE 'UTC', {FORM})"
 SUBMIT = f"""
 WITH new AS (
     INSERT INTO jobs (id, tenant_id, kind, state, input, tags, timeout, seq)
-    SELECT id, tenant_id, kind, 'queued', input, tags, timeout, 1
+    SELECT id, tenant_id, kind, 'queued', coalesce(input, 'null'), tags, timeout, 1
     FROM jsonb_to_recordset($1::jsonb)
         AS r (id uuid, tenant_id uuid, kind text, input jsonb, tags text[], timeout float8)
     RETURNING {JOB}
@@ -56,10 +57,15 @@ SELECT id FROM jobs WHERE state = 'queued' AND kind = ANY($1::text[]) ORDER BY i
 
 # Write the newest progress of running jobs and hear whether they are to be cancelled. $1: [{id, token, progress}]
 REPORT = """
-UPDATE jobs SET progress = r.progress, seq = seq + 1
-FROM jsonb_to_recordset($1::jsonb) AS r (id uuid, token bigint, progress jsonb)
-WHERE jobs.id = r.id AND jobs.token = r.token AND jobs.state = 'running'
-RETURNING jobs.id, jobs.epoch, jobs.seq, jobs.cancel_requested_at IS NOT NULL AS cancel_requested
+WITH r AS (
+    SELECT * FROM jsonb_to_recordset($1::jsonb) AS r (id uuid, token bigint, progress jsonb)
+), held AS (
+    SELECT jobs.id, r.progress FROM jobs JOIN r ON r.id = jobs.id AND r.token = jobs.token
+    WHERE jobs.state = 'running' ORDER BY jobs.id FOR NO KEY UPDATE OF jobs
+)
+UPDATE jobs SET progress = held.progress, seq = seq + 1
+FROM held WHERE jobs.id = held.id
+RETURNING jobs.id, jobs.token, jobs.epoch, jobs.seq, jobs.cancel_requested_at IS NOT NULL AS cancel_requested
 """
 
 # Add a log event to a running job. $1: id, $2: token, $3: message, $4: level
@@ -84,17 +90,20 @@ WITH r AS (
     SELECT * FROM jsonb_to_recordset($1::jsonb) AS r (
         id uuid, token bigint, state text, result jsonb, error jsonb, progress jsonb, artifacts jsonb
     )
+), held AS (
+    SELECT jobs.id FROM jobs JOIN r ON r.id = jobs.id AND r.token = jobs.token
+    WHERE jobs.state = 'running' ORDER BY jobs.id FOR NO KEY UPDATE OF jobs
 ), finished AS (
     UPDATE jobs SET
         state = r.state, result = r.result, error = r.error, progress = coalesce(r.progress, jobs.progress),
         seq = seq + 1, finished_at = now(), lease_expires_at = NULL, worker = NULL
-    FROM r WHERE jobs.id = r.id AND jobs.token = r.token AND jobs.state = 'running'
+    FROM held, r WHERE jobs.id = held.id AND r.id = held.id AND r.token = jobs.token
     RETURNING jobs.id, jobs.token, jobs.kind, jobs.state, jobs.attempt, jobs.result, jobs.error, jobs.progress,
         jobs.epoch, jobs.seq
 ), kept AS (
     INSERT INTO artifacts (job_id, name, content_type, size, sha256, key)
     SELECT finished.id, a.name, a.content_type, a.size, a.sha256, a.key
-    FROM finished JOIN r ON r.id = finished.id
+    FROM finished JOIN r ON r.id = finished.id AND r.token = finished.token
     CROSS JOIN jsonb_to_recordset(r.artifacts)
         AS a (name text, content_type text, size bigint, sha256 text, key text)
 )
@@ -102,15 +111,27 @@ INSERT INTO events (job_id, seq, type, data)
 SELECT id, seq, 'state', jsonb_build_object(
     'state', state, 'attempt', attempt, 'at', {AT}, 'result', result, 'error', error, 'progress', progress
 ) FROM finished
-RETURNING job_id AS id, seq, data, (SELECT epoch FROM finished WHERE finished.id = job_id) AS epoch
+RETURNING job_id AS id, seq, data,
+    (SELECT epoch FROM finished WHERE finished.id = job_id) AS epoch,
+    (SELECT token FROM finished WHERE finished.id = job_id) AS token
 """
 
-# Give a running job back to the queue without counting the attempt. $1: id, $2: token
+# The event by which an attempt ended its job, if it did: for a FINISH whose answer was lost. $1: id, $2: token
+ENDED_BY = """
+SELECT jobs.id, jobs.epoch, events.seq, events.data
+FROM jobs JOIN events ON events.job_id = jobs.id AND events.seq = jobs.seq
+WHERE jobs.id = $1 AND jobs.token = $2 AND jobs.finished_at IS NOT NULL
+"""
+
+# Give a running job back to the queue without counting the attempt; one that was to be cancelled is cancelled.
+# $1: id, $2: token
 RELEASE = f"""
 WITH released AS (
     UPDATE jobs SET
-        state = 'queued', attempt = attempt - 1, interruptions = interruptions + 1, seq = seq + 1,
-        lease_expires_at = NULL, worker = NULL
+        state = CASE WHEN cancel_requested_at IS NULL THEN 'queued' ELSE 'cancelled' END,
+        attempt = CASE WHEN cancel_requested_at IS NULL THEN attempt - 1 ELSE attempt END,
+        finished_at = CASE WHEN cancel_requested_at IS NOT NULL THEN now() END,
+        interruptions = interruptions + 1, seq = seq + 1, lease_expires_at = NULL, worker = NULL
     WHERE id = $1 AND token = $2 AND state = 'running'
     RETURNING id, kind, state, attempt, epoch, seq
 )
@@ -147,15 +168,19 @@ RETURNING job_id AS id, (SELECT epoch FROM rescued r WHERE r.id = job_id) AS epo
 
 # Hold on to what a worker runs. A lease that ran out is not taken up again. $1: ids, $2: tokens, $3: lease
 RENEW = """
+WITH held AS (
+    SELECT jobs.id FROM jobs
+    JOIN unnest($1::uuid[], $2::bigint[]) AS r (id, token) ON r.id = jobs.id AND r.token = jobs.token
+    WHERE jobs.state = 'running' AND jobs.lease_expires_at > now() ORDER BY jobs.id FOR NO KEY UPDATE OF jobs
+)
 UPDATE jobs SET lease_expires_at = now() + $3::interval
-FROM unnest($1::uuid[], $2::bigint[]) AS held (id, token)
-WHERE jobs.id = held.id AND jobs.token = held.token AND jobs.state = 'running' AND lease_expires_at > now()
-RETURNING jobs.id
+FROM held WHERE jobs.id = held.id
+RETURNING jobs.id, jobs.token
 """
 
-# Which of a worker's running jobs are to be cancelled. $1: worker
+# Which of these running jobs are to be cancelled. $1: ids
 CANCEL_REQUESTED = """
-SELECT id FROM jobs WHERE state = 'running' AND worker = $1 AND cancel_requested_at IS NOT NULL
+SELECT id, token FROM jobs WHERE id = ANY($1::uuid[]) AND state = 'running' AND cancel_requested_at IS NOT NULL
 """
 
 # Cancel a job: at once if it waits, by request if it runs. Terminal jobs and repeated requests match no row.
@@ -236,8 +261,9 @@ KINDS = "SELECT name, description, timeout, input_schema, result_schema FROM kin
 
 # Open jobs by state, and the age in seconds of the oldest that is queued.
 OPEN = """
-SELECT state, count(*) AS jobs,
-    coalesce(extract(epoch FROM now() - min(created_at) FILTER (WHERE state = 'queued')), 0)::float8 AS oldest
+SELECT state, count(*) AS jobs, coalesce(extract(epoch FROM now() - (
+    SELECT created_at FROM jobs WHERE state = 'queued' ORDER BY id LIMIT 1
+)), 0)::float8 AS oldest
 FROM jobs WHERE state IN ('scheduled', 'queued', 'running') GROUP BY state
 """
 

@@ -24,6 +24,8 @@ SCAN_EVERY = 0.5
 RESCUE_EVERY = 2.0
 COUNT_EVERY = 5.0
 RESCUED_AT_ONCE = 100
+# How long the endings of a drain may take to be written before what is left is left to a rescue.
+END_WITHIN = 15.0
 
 log = structlog.get_logger(__name__)
 
@@ -70,6 +72,7 @@ class HeadwayWorker(Worker):
         self._keeper = keeper
         self._claiming = asyncio.Lock()
         self._freed = asyncio.Event()
+        self._hinted = False
         self._rescue_at = self._count_at = 0.0
         metrics.slots.set(slots)
 
@@ -82,7 +85,8 @@ class HeadwayWorker(Worker):
         """Listen and scan until cancelled."""
         async with asyncio.TaskGroup() as loops:
             loops.create_task(self._listen())
-            loops.create_task(self._scan())
+            loops.create_task(self._find())
+            loops.create_task(self._look_after())
 
     async def start_jobs(self, job_ids: Sequence[bytes]) -> None:
         """Claim those jobs that are still queued and run them; more than there are slots go back to the queue."""
@@ -90,44 +94,63 @@ class HeadwayWorker(Worker):
 
     async def drain(self, wait: float) -> None:
         """Take no more jobs; let those under way finish for `wait` seconds, then give back the rest."""
-        self.allow_pick_jobs = False
+        async with self._claiming:
+            self.allow_pick_jobs = False
         if self.tasks:
             log.info("draining", jobs=len(self.tasks), wait=wait)
             await asyncio.wait(self.tasks.values(), timeout=wait)
-        self._runner.interrupt_all("drained")
-        if self.tasks:
-            await asyncio.wait(self.tasks.values())
+        self._runner.drain()
+        if left := list(self.tasks.values()):
+            _, left_over = await asyncio.wait(left, timeout=END_WITHIN)
+            for task in left_over:
+                log.error("a job could not be given back in time; it will be rescued")
+                task.cancel()
+            await asyncio.gather(*left_over, return_exceptions=True)
         if self.main_task is not None:
             self.main_task.cancel()
 
     async def _listen(self) -> None:
         """Take ids from Redis as they come, as many as slots are free."""
         while True:
-            if not self.free:
-                self._freed.clear()
-                await self._freed.wait()
-                continue
+            await self._slot()
             try:
                 ids = await self._queue.take(self.free, wait=1)
             except (RedisError, OSError) as error:
+                self._hinted = False
                 log.warning("no wake-ups from Redis; Postgres is scanned", error=repr(error))
                 await asyncio.sleep(1)
                 continue
+            self._hinted = bool(ids)
             try:
                 await self._claim(ids)
             except OUTAGES as error:
                 log.warning("jobs were not claimed; a scan finds them", error=repr(error))
 
-    async def _scan(self) -> None:
-        """See in Postgres to whatever Redis did not bring, and to workers that died."""
+    async def _find(self) -> None:
+        """Find in Postgres what Redis did not bring: twice a second, or at every free slot while Redis is silent."""
+        more = False
+        while True:
+            if more and not self._hinted:
+                await self._slot()
+            else:
+                await asyncio.sleep(SCAN_EVERY)
+            try:
+                if free := self.free:
+                    ready = await self._store.ready(self._kinds, free)
+                    more = len(ready) == free
+                    await self._claim(ready)
+            except OUTAGES as error:
+                more = False
+                log.warning("a scan failed; the next one follows", error=repr(error))
+
+    async def _look_after(self) -> None:
+        """See to jobs that are to be cancelled, to workers that died, and to the metrics."""
         while True:
             await asyncio.sleep(SCAN_EVERY)
             try:
-                if self.free:
-                    await self._claim(await self._store.ready(self._kinds, self.free))
-                if self.tasks:
-                    for job_id in await self._store.cancel_requested(self.name):
-                        self._runner.interrupt(job_id, "cancelled")
+                if running := self._runner.running:
+                    for job_id, token in await self._store.cancel_requested(running):
+                        self._runner.cancel(job_id, token)
                 if time.monotonic() >= self._rescue_at:
                     await self._lifecycle.rescue(RESCUED_AT_ONCE)
                     self._rescue_at = time.monotonic() + RESCUE_EVERY
@@ -135,7 +158,13 @@ class HeadwayWorker(Worker):
                     await self._count()
                     self._count_at = time.monotonic() + COUNT_EVERY
             except OUTAGES as error:
-                log.warning("a scan failed; the next one follows", error=repr(error))
+                log.warning("a look at the jobs failed; the next one follows", error=repr(error))
+
+    async def _slot(self) -> None:
+        """Wait for a free slot."""
+        while not self.free:
+            self._freed.clear()
+            await self._freed.wait()
 
     async def _claim(self, ids: Sequence[UUID]) -> None:
         async with self._claiming:
@@ -148,13 +177,13 @@ class HeadwayWorker(Worker):
             for claim in await self._lifecycle.claim(taken, self._kinds, self.name):
                 self._keeper.hold(claim, sent_at)
                 task = asyncio.create_task(self._runner.run(claim))
-                self.tasks[str(claim.job_id)] = task
+                self.tasks[_key(claim)] = task
                 task.add_done_callback(partial(self._ended, claim))
             metrics.slots_busy.set(len(self.tasks))
 
     def _ended(self, claim: Claim, _: asyncio.Task[None]) -> None:
-        self._keeper.drop(claim.job_id)
-        del self.tasks[str(claim.job_id)]
+        self._keeper.drop(claim)
+        del self.tasks[_key(claim)]
         metrics.slots_busy.set(len(self.tasks))
         self._freed.set()
 
@@ -163,3 +192,8 @@ class HeadwayWorker(Worker):
         for state in ("scheduled", "queued", "running"):
             metrics.jobs_open.labels(state).set(counts.get(state, 0))
         metrics.oldest_ready_age.set(oldest)
+
+
+def _key(claim: Claim) -> str:
+    """arq's name of a task. A job may run here twice at a time, while an attempt that lost its lease cleans up."""
+    return f"{claim.job_id}:{claim.token}"
