@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 from uuid import UUID
 
@@ -13,6 +14,9 @@ import obstore
 from obstore.store import LocalStore
 
 from headway.errors import InvalidSettings, NotFound, TooLarge
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
 
 CHUNK = 1 << 20
 
@@ -50,34 +54,30 @@ class Files:
 
         Raises TooLarge past the limit; whatever `chunks` raises passes through. Either way nothing is left behind.
         """
-        size, digest = 0, hashlib.sha256()
-
-        async def measured() -> AsyncIterator[bytes]:
-            nonlocal size
+        async with self.writer(key) as out:
             async for chunk in chunks:
-                size += len(chunk)
-                if size > self._max_size:
-                    raise TooLarge(f"The file is over the limit of {self._max_size:,} bytes; send a smaller one.")
-                digest.update(chunk)
-                yield chunk
-
-        await obstore.put_async(self._store, key, measured(), chunk_size=CHUNK)
-        return Stored(size, digest.hexdigest())
+                await out.write(chunk)
+        assert out.stored is not None
+        return out.stored
 
     @asynccontextmanager
     async def writer(self, key: str) -> AsyncIterator["Writer"]:
         """Write piece by piece; `stored` is set once the block ends. An exception in it leaves nothing behind."""
-        out = Writer()
-        task = asyncio.create_task(self.put(key, out.chunks()))
-        out.feeds(task)
+        out = Writer(self._max_size)
+        writing = asyncio.ensure_future(obstore.put_async(self._store, key, out.chunks(), chunk_size=CHUNK))
+        out.writing = writing
         try:
             yield out
             await out.end()
-            out.stored = await task
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+            await asyncio.shield(writing)
+        except BaseException:
+            # The store is told to stop by an exception: to cancel it would leave its half of the work running.
+            out.abort()
+            await asyncio.wait({writing})
+            if not writing.cancelled() and writing.exception() is None:
+                await self.delete([key])
+            raise
+        out.stored = out.so_far()
 
     async def read(
         self, key: str, start: int = 0, end: int | None = None, *, chunk: int = CHUNK
@@ -86,10 +86,10 @@ class Files:
 
         Raises NotFound if nothing is kept there.
         """
+        # The store refuses a range of a file without bytes.
+        span: GetOptions = {"range": (start, end)} if end is not None else {"range": {"offset": start}} if start else {}
         try:
-            found = await obstore.get_async(
-                self._store, key, options={"range": (start, end) if end is not None else {"offset": start}}
-            )
+            found = await obstore.get_async(self._store, key, options=span)
         except FileNotFoundError:
             raise NotFound("The bytes of this file are gone.") from None
         async for piece in found.stream(chunk):
@@ -106,39 +106,64 @@ class Writer:
     """An object being written. Writing waits while the store is busy, so memory stays flat."""
 
     stored: Stored | None = None
+    writing: "asyncio.Future[Any]"
 
-    def __init__(self) -> None:
-        self._queue: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=2)
+    def __init__(self, max_size: int) -> None:
+        self._max_size = max_size
+        self._size = 0
+        self._digest = hashlib.sha256()
         self._buffer = bytearray()
-        self._task: asyncio.Task[Stored] | None = None
-
-    def feeds(self, task: "asyncio.Task[Stored]") -> None:
-        """Name the task that takes what is written, so that its failure reaches the writer."""
-        self._task = task
+        self._queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(maxsize=2)
 
     async def write(self, data: bytes) -> None:
+        """Raises TooLarge past the limit."""
+        self._size += len(data)
+        if self._size > self._max_size:
+            raise TooLarge(f"The file is over the limit of {self._max_size:,} bytes; send a smaller one.")
+        if len(data) >= CHUNK and not self._buffer:
+            await self._hand_over(bytes(data))
+            return
         self._buffer += data
         if len(self._buffer) >= CHUNK:
-            await self._hand_over()
+            data, self._buffer = bytes(self._buffer), bytearray()
+            await self._hand_over(data)
 
     async def end(self) -> None:
         """Hand over what is left and the end."""
-        await self._hand_over()
+        if self._buffer:
+            await self._hand_over(bytes(self._buffer))
         await self._put(None)
 
+    def abort(self) -> None:
+        """Let the store fail at its next piece."""
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._queue.put_nowait(_Aborted())
+
+    def so_far(self) -> Stored:
+        return Stored(self._size, self._digest.hexdigest())
+
     async def chunks(self) -> AsyncIterator[bytes]:
+        """What the store takes."""
         while (chunk := await self._queue.get()) is not None:
+            if isinstance(chunk, BaseException):
+                raise chunk
             yield chunk
 
-    async def _hand_over(self) -> None:
-        if self._buffer:
-            data, self._buffer = bytes(self._buffer), bytearray()
-            await self._put(data)
+    async def _hand_over(self, data: bytes) -> None:
+        self._digest.update(data)
+        await self._put(data)
 
     async def _put(self, item: bytes | None) -> None:
-        assert self._task is not None
         room = asyncio.ensure_future(self._queue.put(item))
-        await asyncio.wait({room, self._task}, return_when=asyncio.FIRST_COMPLETED)
-        if not room.done():
+        try:
+            await asyncio.wait({room, self.writing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
             room.cancel()
-            await self._task
+        if self.writing.done():
+            # It takes no more: it has failed, and says how.
+            await self.writing
+
+
+class _Aborted(Exception):
+    """The writer gave up."""

@@ -1,6 +1,6 @@
 """Job, Progress, Event, File, Artifact: frozen records and their JSON shape."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import IntEnum
@@ -166,3 +166,20 @@ class Artifact:
 
     def as_json(self) -> dict[str, Any]:
         return {"name": self.name, "content_type": self.content_type, "size": self.size, "sha256": self.sha256}
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an attempt ended: for good, or with state `scheduled` to be run again after `delay` seconds.
+
+    `failure` is what is kept of this attempt beside the error that the job's owner sees first.
+    """
+
+    claim: Claim
+    state: JobState
+    result: Any = None
+    error: Mapping[str, str] | None = None
+    failure: Mapping[str, str] | None = None
+    delay: float | None = None
+    progress: Mapping[str, Any] | None = None
+    artifacts: Sequence[Artifact] = ()

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 import random
 import re
 import typing
@@ -13,7 +14,7 @@ from importlib.metadata import entry_points
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
-from pydantic import TypeAdapter
+from pydantic import PydanticUserError, TypeAdapter
 
 from headway.errors import InvalidSettings
 from headway.job import File
@@ -157,36 +158,50 @@ def kind(
 
     The function takes a JobContext and one pydantic model (or anything that pydantic can validate), and returns
     another; both are read from its annotations. The first paragraph of its docstring describes the kind to clients.
-    Raises InvalidSettings if the name is taken, or the name or signature does not fit.
+    Raises InvalidSettings if the name is taken, or the name, the timeout or the signature does not fit.
     """
+    limit = seconds(timeout)
+    if not 0 < limit < math.inf:
+        raise InvalidSettings(f'The timeout of {name} is {timeout!r}; write a time above zero, such as "30m".')
+    if not 1 <= max_attempts <= 100:
+        raise InvalidSettings(f"max_attempts of {name} is {max_attempts}; write a number from 1 to 100.")
 
     def register(handler: F) -> F:
         if not NAME.fullmatch(name):
             raise InvalidSettings(f"{name!r} is not a kind's name; write two or more words with dots: report.build.")
-        if name in _registry and _registry[name].handler.__module__ != handler.__module__:
-            raise InvalidSettings(f"The kind {name} is defined twice: see {handler.__module__}.")
+        if name in _registry and (other := _place(_registry[name].handler)) != _place(handler):
+            raise InvalidSettings(f"The kind {name} is defined twice: by {other} and by {_place(handler)}.")
         if not inspect.iscoroutinefunction(handler):
             raise InvalidSettings(f"The handler of {name} must be an `async def` function.")
-        hints = typing.get_type_hints(handler)
-        parameters = list(inspect.signature(handler).parameters)
-        if len(parameters) != 2 or parameters[1] not in hints or "return" not in hints:
-            raise InvalidSettings(
-                f"The handler of {name} must look like `async def build(job: JobContext, input: In) -> Out`."
+        try:
+            hints = typing.get_type_hints(handler)
+            parameters = list(inspect.signature(handler).parameters)
+            if len(parameters) != 2 or parameters[1] not in hints or "return" not in hints:
+                raise InvalidSettings(
+                    f"The handler of {name} must look like `async def build(job: JobContext, input: In) -> Out`."
+                )
+            made = Kind(
+                name=name,
+                handler=handler,
+                input=TypeAdapter(hints[parameters[1]]),
+                result=TypeAdapter(hints["return"]),
+                timeout=limit,
+                max_attempts=max_attempts,
+                backoff_base=seconds(backoff),
+                backoff_cap=seconds(backoff_cap),
+                description=(inspect.getdoc(handler) or "").split("\n\n")[0].replace("\n", " "),
             )
-        _registry[name] = Kind(
-            name=name,
-            handler=handler,
-            input=TypeAdapter(hints[parameters[1]]),
-            result=TypeAdapter(hints["return"]),
-            timeout=seconds(timeout),
-            max_attempts=max_attempts,
-            backoff_base=seconds(backoff),
-            backoff_cap=seconds(backoff_cap),
-            description=(inspect.getdoc(handler) or "").split("\n\n")[0].replace("\n", " "),
-        )
+            made.as_json()
+        except (PydanticUserError, NameError) as error:
+            raise InvalidSettings(f"The annotations of {name} have no JSON Schema: {error}.") from error
+        _registry[name] = made
         return handler
 
     return register
+
+
+def _place(handler: Callable[..., Any]) -> str:
+    return f"{handler.__module__}.{handler.__qualname__}"
 
 
 def discover(modules: Iterable[str] = ()) -> dict[str, Kind]:

@@ -1,27 +1,26 @@
 """The one place that changes a job's state: submit, promote, claim, report, finish, release, rescue, cancel.
 
-Each change is committed first and announced after. A write of a running job names the attempt's token; if it matches
-no row the attempt is over, and LeaseLost says so.
+Each change is committed first and announced after, also when its caller has gone away meanwhile. A write of a running
+job names the attempt's token; if it matches no row the attempt is over, and LeaseLost says so.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
-import asyncpg
 from uuid_utils.compat import uuid7
 
 from headway import metrics
-from headway.errors import Crashed, JobError, KeyReused, LeaseLost, NotFound
+from headway.errors import Crashed, KeyReused, LeaseLost, NotFound
 from headway.events import Events
-from headway.job import Artifact, Claim, Event, Job, Priority
+from headway.job import Claim, Ending, Event, Job, Priority
 from headway.queue import Queue
 from headway.states import JobState
-from headway.store import Store
+from headway.store import REFUSALS, Store
 from headway.store.batch import Batch
 
 LEASE = timedelta(seconds=15)
@@ -47,35 +46,25 @@ class NewJob:
     def digest(self) -> str:
         """What tells this request from another one that comes with the same idempotency key."""
         asked = {name: getattr(self, name) for name in self.__slots__ if name not in ("tenant_id", "idempotency_key")}
-        return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """How an attempt ended. `failure` is what is kept of it beside the error that the job's owner sees first."""
-
-    claim: Claim
-    state: JobState
-    result: Any = None
-    error: JobError | None = None
-    failure: Mapping[str, Any] | None = None
-    progress: Mapping[str, Any] | None = None
-    artifacts: Sequence[Artifact] = ()
-    delay: float | None = None
+def kept(text: str) -> str:
+    """What is kept of a message: 2,000 characters at most, and none that Postgres cannot hold."""
+    return text[:MESSAGE].replace("\0", "").encode(errors="replace").decode()
 
 
 class Lifecycle:
-    """Moves jobs from state to state in `store`, and tells `queue` and `events`."""
+    """Moves jobs from state to state in `store`, and tells `queue` and `events`. A claim lasts for `lease`."""
 
-    def __init__(self, store: Store, queue: Queue, events: Events) -> None:
+    def __init__(self, store: Store, queue: Queue, events: Events, *, lease: timedelta = LEASE) -> None:
         self._store = store
         self._queue = queue
         self._events = events
-        self._submit = Batch(self._store.submit, most=200, faulty=(asyncpg.DataError,))
-        self._report = Batch(self._store.report, most=500)
-        self._finish = Batch(
-            self._store.finish, most=200, faulty=(asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
-        )
+        self._lease = lease
+        self._submit = Batch(self._submit_all, most=200, faulty=REFUSALS)
+        self._report = Batch(self._report_all, most=500, faulty=REFUSALS)
+        self._finish = Batch(self._finish_all, most=200, faulty=REFUSALS)
 
     async def submit(self, new: NewJob) -> tuple[Job, bool]:
         """Accept a job: it is committed when this returns. False if the key's job was there already.
@@ -83,7 +72,7 @@ class Lifecycle:
         Raises KeyReused if the idempotency key belongs to another request.
         """
         digest = new.digest() if new.idempotency_key else None
-        job, position, first = await self._submit(
+        job, first = await self._submit(
             {
                 "id": str(uuid7()),
                 "tenant_id": str(new.tenant_id),
@@ -99,14 +88,9 @@ class Lifecycle:
                 "digest": digest,
             }
         )
-        if first is not None:
-            if first != digest:
-                raise KeyReused("This Idempotency-Key came with another request before; use a new key for a new job.")
-            return job, False
-        metrics.jobs_submitted.labels(new.kind).inc()
-        if job.state is JobState.QUEUED:
-            self._queue.wake(job.id, position)
-        return job, True
+        if first is not None and first != digest:
+            raise KeyReused("This Idempotency-Key came with another request before; use a new key for a new job.")
+        return job, first is None
 
     async def promote(self, limit: int) -> int:
         """Queue scheduled jobs that are due; how many there were."""
@@ -119,7 +103,7 @@ class Lifecycle:
     async def claim(self, ids: Sequence[UUID], kinds: Sequence[str], worker: str) -> list[Claim]:
         """Take those of `ids` that are still queued. One that is missing from the answer is someone else's."""
         claims = []
-        for claim, event, waited in await self._store.claim(ids, kinds, worker, LEASE):
+        for claim, event, waited in await self._store.claim(ids, kinds, worker, self._lease):
             if claim.token == 1:
                 metrics.queue_wait.labels(claim.kind).observe(waited)
             self._events.publish(event)
@@ -131,13 +115,11 @@ class Lifecycle:
         written = await self._report((claim, progress))
         if written is None:
             raise self._lost(claim)
-        event, cancel_requested = written
-        self._events.publish(event)
-        return cancel_requested
+        return written[1]
 
     async def log(self, claim: Claim, message: str, level: str) -> None:
         """Add a log event; the message is cut at 2,000 characters. Raises LeaseLost."""
-        self._announce(claim, await self._store.log(claim, message.replace("\0", "")[:MESSAGE], level))
+        self._announce(claim, await self._store.log(claim, kept(message), level))
 
     async def save_checkpoint(self, claim: Claim, value: Any) -> None:
         """Keep what the next attempt starts from. Raises LeaseLost."""
@@ -148,35 +130,29 @@ class Lifecycle:
         """End the attempt: state, result, error and artifacts become visible together. Raises LeaseLost.
 
         With state `scheduled` the job is run again after `delay` seconds.
+        After an outage it may be called again: an ending that was written, though the answer was lost, stands.
         """
-        self._announce(
-            ending.claim,
-            await self._finish(
-                {
-                    "id": str(ending.claim.job_id),
-                    "token": ending.claim.token,
-                    "state": ending.state.value,
-                    "result": ending.result,
-                    "error": ending.error.as_json() if ending.error else None,
-                    "failure": ending.failure,
-                    "delay": ending.delay,
-                    "progress": ending.progress,
-                    "artifacts": [asdict(artifact) for artifact in ending.artifacts],
-                }
-            ),
-        )
-        if ending.state.terminal:
-            metrics.jobs_finished.labels(ending.claim.kind, ending.state.value).inc()
-        else:
-            metrics.retried.labels(ending.claim.kind).inc()
+        if await self._finish(ending) is None:
+            event = await self._store.ended_by(ending.claim)
+            if event is None or event.data["state"] != ending.state:
+                raise self._lost(ending.claim)
+            self._ended(ending, event)
 
     async def release(self, claim: Claim) -> None:
-        """Give a job back that was interrupted; the attempt does not count. Raises LeaseLost."""
+        """Give a job back that was interrupted; the attempt does not count. Raises LeaseLost.
+
+        A job that was to be cancelled is cancelled.
+        """
         released = await self._store.release(claim)
-        self._announce(claim, released and released[0])
+        if released is None:
+            raise self._lost(claim)
+        event, position = released
+        self._events.publish(event)
         metrics.interrupted.labels(claim.kind).inc()
-        if released:
-            self._queue.wake(claim.job_id, released[1])
+        if event.terminal:
+            metrics.jobs_finished.labels(claim.kind, event.data["state"]).inc()
+        else:
+            self._queue.wake(claim.job_id, position)
 
     async def rescue(self, limit: int) -> int:
         """Take back jobs of workers that died; how many there were."""
@@ -205,10 +181,43 @@ class Lifecycle:
         self._events.publish(event)
         return job
 
-    def _announce(self, claim: Claim, event: Event | None) -> None:
+    async def _submit_all(self, jobs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[Job, str | None]]:
+        accepted = await self._store.submit(jobs)
+        for job, position, first in accepted:
+            if first is None:
+                metrics.jobs_submitted.labels(job.kind).inc()
+                if job.state is JobState.QUEUED:
+                    self._queue.wake(job.id, position)
+        return [(job, first) for job, _, first in accepted]
+
+    async def _report_all(
+        self, reports: Sequence[tuple[Claim, Mapping[str, Any]]]
+    ) -> Sequence[tuple[Event, bool] | None]:
+        written = await self._store.report(reports)
+        for answer in written:
+            if answer is not None:
+                self._events.publish(answer[0])
+        return written
+
+    async def _finish_all(self, endings: Sequence[Ending]) -> Sequence[Event | None]:
+        written = await self._store.finish(endings)
+        for ending, event in zip(endings, written, strict=True):
+            if event is not None:
+                self._ended(ending, event)
+        return written
+
+    def _ended(self, ending: Ending, event: Event) -> None:
+        if ending.state.terminal:
+            metrics.jobs_finished.labels(ending.claim.kind, ending.state.value).inc()
+        else:
+            metrics.retried.labels(ending.claim.kind).inc()
+        self._events.publish(event)
+
+    def _announce(self, claim: Claim, event: Event | None) -> Event:
         if event is None:
             raise self._lost(claim)
         self._events.publish(event)
+        return event
 
     def _lost(self, claim: Claim) -> LeaseLost:
         metrics.lease_lost.inc()

@@ -1,7 +1,7 @@
 """Wake-ups through Redis in arq's format: the ids of jobs that are due. A hint, never the record.
 
-The sorted set `headway:queue` holds ids by their position in the queue; `arq:job:<id>` holds arq's call of the
-function `run`, as JSON. What Redis loses a worker's scan of Postgres finds.
+The sorted set `headway:queue` holds ids by their position in the queue; `arq:job:<id>` holds arq's call of the function
+`run`, as JSON. What Redis loses a worker's scan of Postgres finds.
 """
 
 import asyncio
@@ -23,6 +23,20 @@ FUNCTION = "run"
 EXPIRES_MS = 86_400_000
 MOST_WAITING = 100_000
 
+# Forget the call of a first id that was popped, pop more and forget theirs.
+# ARGV: the first id, how many more, prefix of the calls' keys
+TAKE_MORE = """
+redis.call('DEL', ARGV[3] .. ARGV[1])
+local members = {}
+for place, member in ipairs(redis.call('ZPOPMIN', KEYS[1], ARGV[2])) do
+    if place % 2 == 1 then
+        members[#members + 1] = member
+        redis.call('DEL', ARGV[3] .. member)
+    end
+end
+return members
+"""
+
 log = structlog.get_logger(__name__)
 
 
@@ -42,6 +56,7 @@ class Queue:
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
+        self._take_more = redis.register_script(TAKE_MORE)
         self._waiting: list[tuple[UUID, float]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -65,10 +80,7 @@ class Queue:
         first = await self.redis.bzpopmin(NAME, timeout=wait)
         if first is None:
             return []
-        members = [first[1]]
-        if count > 1:
-            members += [member for member, _ in await self.redis.zpopmin(NAME, count - 1)]
-        await self.redis.delete(*(job_key_prefix.encode() + member for member in members))
+        members = [first[1], *await self._take_more(keys=[NAME], args=[first[1], count - 1, job_key_prefix])]
         ids = []
         for member in members:
             try:
@@ -83,8 +95,10 @@ class Queue:
             try:
                 await self._add(due)
             except (RedisError, OSError) as error:
-                metrics.wakeups_failed.inc(len(due))
-                log.warning("wake-ups were not sent; a scan finds the jobs", jobs=len(due), error=str(error))
+                failed = len(due) + len(self._waiting)
+                self._waiting.clear()
+                metrics.wakeups_failed.inc(failed)
+                log.warning("wake-ups were not sent; a scan finds the jobs", jobs=failed, error=repr(error))
 
     async def _add(self, due: Sequence[tuple[UUID, float]]) -> None:
         now = time.time_ns() // 1_000_000

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
 from headway.errors import InvalidSettings
 
@@ -31,7 +32,28 @@ def _networks(value: object) -> object:
     return tuple(ip_network(str(item)) for item in _items(value))  # type: ignore[attr-defined]
 
 
+def _url(*schemes: str) -> AfterValidator:
+    """A check of a URL that never shows it: it may hold a password."""
+
+    def check(value: SecretStr) -> SecretStr:
+        try:
+            parts = urlsplit(value.get_secret_value())
+            readable = bool(parts.scheme) and (parts.port or True)
+        except ValueError:
+            readable = False
+        if not readable:
+            raise ValueError("this is not a URL; percent-encode special characters in its user and password")
+        if schemes and parts.scheme not in schemes:
+            raise ValueError(f"the URL must begin with {' or '.join(f'{scheme}://' for scheme in schemes)}")
+        return value
+
+    return AfterValidator(check)
+
+
 Items = Annotated[tuple[str, ...], BeforeValidator(_items)]
+PostgresUrl = Annotated[SecretStr, _url("postgresql", "postgres")]
+RedisUrl = Annotated[SecretStr, _url("redis", "rediss", "unix")]
+SourceUrl = Annotated[SecretStr, _url()]
 
 
 class Settings(BaseModel):
@@ -44,18 +66,20 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=1, le=65535, description="Port of the API, the WebSockets and the pages.")
     ops_host: str = Field("127.0.0.1", description="Address of `/livez`, `/readyz` and `/metrics`.")
     ops_port: int = Field(9000, ge=0, le=65535, description="Port of `/livez`, `/readyz` and `/metrics`; 0 takes any.")
-    database_url: SecretStr = Field(
+    database_url: PostgresUrl = Field(
         description="Postgres of Headway itself: `postgresql://user:password@host:port/name`."
     )
-    redis_url: SecretStr = Field(description="Redis that carries wake-ups and live events: `redis://host:port/0`.")
+    redis_url: RedisUrl = Field(description="Redis that carries wake-ups and live events: `redis://host:port/0`.")
     database_pool: int = Field(10, ge=2, le=200, description="Most Postgres connections a process holds.")
-    sources: Annotated[dict[str, SecretStr], BeforeValidator(_mapping)] = Field(
+    sources: Annotated[dict[str, SourceUrl], BeforeValidator(_mapping)] = Field(
         default_factory=dict,
         description='Databases that kinds may use, JSON: `{"default": "postgresql+asyncpg://…"}`. '
         "Headway's own database is refused.",
     )
     files_url: str | None = Field(
-        None, description="Where files and artifacts are kept: `file:///folder` (default: `files` in the home folder)."
+        None,
+        pattern=r"^file:///",
+        description="Where files and artifacts are kept: `file:///folder` (default: `files` in the home folder).",
     )
     kinds: Items = Field((), description="Python modules with `@kind` functions, separated by commas.")
     secret_key: SecretStr = Field(min_length=32, description="Key of Django's sessions and signatures.")
@@ -105,7 +129,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         elif path := environ.get(f"{key}_FILE"):
             try:
                 values[name] = Path(path).read_text().strip()
-            except OSError as error:
+            except (OSError, UnicodeDecodeError) as error:
                 raise InvalidSettings(f"{key}_FILE cannot be read: {error}.") from None
     try:
         settings = Settings(**values)
@@ -119,12 +143,16 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
 
 
 def _refuse_own_database(settings: Settings) -> None:
-    def place(url: str) -> str:
-        return url.split("://", 1)[-1].rsplit("@", 1)[-1].split("?", 1)[0]
-
-    own = place(settings.database_url.get_secret_value())
+    own = _place(settings.database_url)
     for name, url in settings.sources.items():
-        if place(url.get_secret_value()) == own:
+        if url.get_secret_value().startswith("postgres") and _place(url) == own:
             raise InvalidSettings(
                 f"HEADWAY_SOURCES names Headway's own database as {name!r}; give the source a database of its own."
             )
+
+
+def _place(url: SecretStr) -> tuple[str, int, str]:
+    """Host, port and database of a URL of Postgres."""
+    parts = urlsplit(url.get_secret_value())
+    host = parts.hostname or "localhost"
+    return "localhost" if host in ("127.0.0.1", "::1") else host, parts.port or 5432, parts.path

@@ -69,12 +69,7 @@ async def follow(client: "Client", job_id: str) -> AsyncGenerator[Json, None]:
                     if _ended(envelope):
                         return
         except _Lost as lost:
-            # Where sockets never get through, one warning is enough.
-            log.log(
-                logging.DEBUG if failures else logging.WARNING, "The live connection broke (%s); trying again.", lost
-            )
-            pause = lost.pause or min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures, 10))
-        failures += 1
+            reason, pause = str(lost), lost.pause or min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(failures, 10))
         try:
             job = await client.get(job_id)
         except (ConnectionFailed, Unavailable):
@@ -86,6 +81,9 @@ async def follow(client: "Client", job_id: str) -> AsyncGenerator[Json, None]:
                 yield _snapshot(job)
             if job["state"] in TERMINAL:
                 return
+        # Where sockets never get through, one warning is enough.
+        log.log(logging.DEBUG if failures else logging.WARNING, "The live connection broke (%s); trying again.", reason)
+        failures += 1
         await asyncio.sleep(random.uniform(0, pause))  # noqa: S311
 
 

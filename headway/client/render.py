@@ -104,7 +104,7 @@ class Bar(View):
         self._console = Console(file=out)
         self._bar: Progress = Progress(
             TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=30 if self._console.width >= 100 else 15),
             TextColumn("{task.fields[facts]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self._console,
             redirect_stdout=False,
@@ -127,7 +127,7 @@ class Bar(View):
         self._show(label, progress, ended=False)
 
     def clear(self) -> None:
-        self._bar.update(self._task, completed=0, total=None, facts="")
+        self._bar.update(self._task, description="", completed=0, total=None, facts="")
 
     def state(self, text: str, progress: Json | None, *, ended: bool) -> None:
         if progress:

@@ -70,22 +70,19 @@ def took(job: Mapping[str, Any]) -> str | None:
 
 
 def facts(progress: Mapping[str, Any], *, ended: bool = False) -> list[str]:
-    """A progress as short phrases: share, amount, counts, and until it has ended rate and time left."""
+    """A progress as short phrases: share, amount, rate and time left until it has ended, counts."""
     done, total, unit = progress["done"], progress.get("total"), progress.get("unit") or "items"
-    counts = {name: count for name, count in (progress.get("counts") or {}).items() if name != unit}
     found = [f"{percent(done, total):3d} %"] if total else []
     if unit == "bytes":
         found.append(f"{size(done)} of {size(total)}" if total else size(done))
     else:
         found.append(f"{number(done)} of {number(total)} {inert(unit)}" if total else f"{number(done)} {inert(unit)}")
-    found += [f"{number(count)} {inert(name)}" for name, count in counts.items()]
-    if ended:
-        return found
-    if (rate := progress.get("rate")) and unit != "seconds":
+    if (rate := progress.get("rate")) and not ended and unit != "seconds":
         found.append(f"{size(rate)}/s" if unit == "bytes" else f"{number(round(rate, int(rate < 10)))} {inert(unit)}/s")
-    if eta := progress.get("eta"):
+    if (eta := progress.get("eta")) and not ended:
         found.append(f"{duration(eta)} left")
-    return found
+    counts = progress.get("counts") or {}
+    return found + [f"{number(count)} {inert(name)}" for name, count in counts.items() if name != unit]
 
 
 def percent(done: float, total: float) -> int:

@@ -8,7 +8,6 @@ import hmac
 import json
 import secrets
 import signal
-import socket
 from pathlib import Path
 from typing import IO, Self
 
@@ -133,19 +132,9 @@ class Embedded:
             ) from None
         for server in self._servers:
             server.password = password
-            server.port = server.port or _free_port(int(state.get(server.folder.name, 0)))
+            server.last_port = int(state.get(server.folder.name, 0))
         return state
 
     def _role_password(self, role: str) -> str:
         password = self._postgres.password
         return password if role == "headway" else hmac.new(password.encode(), role.encode(), "sha256").hexdigest()
-
-
-def _free_port(wanted: int) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -7,6 +7,7 @@ import logging
 import os
 import pwd
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,6 +45,7 @@ class Server(ABC):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.port = 0
+        self.last_port = 0
         self.password = ""
         self.account: Account | None = None
         self._log = folder.parent / "log" / f"{folder.name}.log"
@@ -82,6 +84,8 @@ class Server(ABC):
                     "End that process and start again."
                 )
             time.sleep(0.02)
+        self._lock.truncate(0)
+        self.port = self.port or _free_port(self.last_port)
         self.make_folder(self.folder)
 
     def make_folder(self, folder: Path) -> None:
@@ -103,13 +107,15 @@ class Server(ABC):
 
     def run(self, command: list[str]) -> str:
         """What a program of the server writes; StartFailed with that if it fails."""
-        done = subprocess.run(command, cwd="/", stdout=subprocess.PIPE, check=False, **self._options())  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False, **self._options()
+        )
         if done.returncode:
             raise StartFailed(f"{self.name} cannot be started. {command[0]} ended with:\n{done.stdout.strip()}")
         return str(done.stdout)
 
     def spawn(self, command: list[str], stdin: str = "") -> None:
-        """Starts the server itself, in a session of its own so that Ctrl-C does not reach it."""
+        """Starts the server itself, which keeps the folder."""
         if self._lock is None:
             raise RuntimeError("take() comes before spawn()")
         self._log.parent.mkdir(mode=0o700, exist_ok=True)
@@ -121,12 +127,8 @@ class Server(ABC):
                 cwd=self.folder,
                 stdin=subprocess.PIPE,
                 stdout=output,
-                start_new_session=True,
-                pass_fds=[lock.fileno()],
-                preexec_fn=end_with_parent,  # noqa: PLW1509  one call into libc, which is loaded before the fork
                 **self._options(),
             )
-            lock.truncate(0)
             lock.write(str(self._process.pid))
         # A server that ends before it has read its configuration is noticed by `wait`.
         if pipe := self._process.stdin:
@@ -167,8 +169,16 @@ class Server(ABC):
         self._process = None
 
     def _options(self) -> dict[str, Any]:
+        """Of every process: the account, the lock, and a session of its own so that Ctrl-C does not reach it."""
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PG", "HEADWAY_"))}
-        options: dict[str, Any] = {"env": environment | {"LC_ALL": "C"}, "stderr": subprocess.STDOUT, "text": True}
+        options: dict[str, Any] = {
+            "env": environment | {"LC_ALL": "C"},
+            "stderr": subprocess.STDOUT,
+            "text": True,
+            "start_new_session": True,
+            "pass_fds": [self._lock.fileno()] if self._lock else [],
+            "preexec_fn": end_with_parent,
+        }
         if self.account:
             options |= {"user": self.account.uid, "group": self.account.gid, "extra_groups": []}
         return options
@@ -209,6 +219,16 @@ def end_with_parent() -> None:
     """For `preexec_fn`: the child gets SIGINT when the thread that started it ends, where the platform can do that."""
     if _libc:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGINT)
+
+
+def _free_port(wanted: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _may_search(account: Account, folder: Path) -> bool:

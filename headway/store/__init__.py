@@ -5,6 +5,7 @@ Only `headway.lifecycle` calls what changes a job.
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -13,7 +14,7 @@ import asyncpg
 
 from headway import metrics
 from headway.errors import JobError
-from headway.job import Artifact, Claim, Event, File, Job, Priority, timestamp
+from headway.job import Artifact, Claim, Ending, Event, File, Job, Priority, timestamp
 from headway.states import JobState
 from headway.store import sql
 
@@ -25,12 +26,26 @@ OUTAGES: tuple[type[BaseException], ...] = (
     asyncpg.InterfaceError,
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
+    asyncpg.ReadOnlySQLTransactionError,
+    asyncpg.TransactionRollbackError,
+)
+# What Postgres or its driver refuses because of the values it was given, and would refuse again.
+REFUSALS: tuple[type[Exception], ...] = (
+    ValueError,
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
 )
 
 
 async def prepare(connection: asyncpg.Connection) -> None:
     """Read and write jsonb as Python values."""
-    await connection.set_type_codec("jsonb", encoder=json.dumps, decoder=json.loads, schema="pg_catalog")
+    encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+    await connection.set_type_codec("jsonb", encoder=encode, decoder=json.loads, schema="pg_catalog")
+
+
+async def keep(_: asyncpg.Connection) -> None:
+    """Give a connection back as it is: nothing here changes a session, and asyncpg's reset is a round trip more."""
 
 
 class Store:
@@ -48,6 +63,7 @@ class Store:
             min_size=0,
             max_size=self._size,
             init=prepare,
+            reset=keep,
             timeout=3,
             command_timeout=10,
             server_settings={"timezone": "UTC", "application_name": "headway"},
@@ -59,12 +75,18 @@ class Store:
             await self._pool.close()
 
     async def rows(self, statement: str, *values: Any) -> list[asyncpg.Record]:
-        """Run one statement on a connection of the pool. Waits at most 5 s for one."""
+        """Run one statement on a connection of the pool. Waits at most 5 s for one.
+
+        Raises one of OUTAGES, or one of REFUSALS if the values do not fit.
+        """
         assert self._pool is not None, "open() first"
         try:
             async with self._pool.acquire(timeout=5) as connection:
                 return await connection.fetch(statement, *values)
-        except OUTAGES:
+        except OUTAGES as error:
+            # asyncpg's error for a value that it cannot encode is of the class that says that a connection is closed.
+            if isinstance(error, ValueError):
+                raise ValueError(str(error)) from error  # noqa: TRY004
             metrics.database_failures.inc()
             raise
 
@@ -115,10 +137,10 @@ class Store:
     async def report(self, reports: Sequence[tuple[Claim, Mapping[str, Any]]]) -> list[tuple[Event, bool] | None]:
         """For each report its event and whether a cancel is asked for; None where the lease is lost."""
         records = [{"id": str(c.job_id), "token": c.token, "progress": progress} for c, progress in reports]
-        rows = {row["id"]: row for row in await self.rows(sql.REPORT, records)}
+        rows = {(row["id"], row["token"]): row for row in await self.rows(sql.REPORT, records)}
         return [
             (Event(claim.job_id, row["epoch"], row["seq"], "progress", progress), row["cancel_requested"])
-            if (row := rows.get(claim.job_id))
+            if (row := rows.get((claim.job_id, claim.token)))
             else None
             for claim, progress in reports
         ]
@@ -130,10 +152,29 @@ class Store:
     async def save_checkpoint(self, claim: Claim, value: Any) -> bool:
         return bool(await self.rows(sql.CHECKPOINT, claim.job_id, claim.token, value))
 
-    async def finish(self, endings: Sequence[Mapping[str, Any]]) -> list[Event | None]:
-        """For each ending, a record as `sql.FINISH` takes it, its event; None where the lease is lost."""
-        events = {row["id"]: _state_event(row) for row in await self.rows(sql.FINISH, endings)}
-        return [events.get(UUID(ending["id"])) for ending in endings]
+    async def finish(self, endings: Sequence[Ending]) -> list[Event | None]:
+        """For each ending its event; None where the lease is lost."""
+        records = [
+            {
+                "id": str(ending.claim.job_id),
+                "token": ending.claim.token,
+                "state": ending.state.value,
+                "result": ending.result,
+                "error": ending.error,
+                "failure": ending.failure,
+                "delay": ending.delay,
+                "progress": ending.progress,
+                "artifacts": [asdict(artifact) for artifact in ending.artifacts],
+            }
+            for ending in endings
+        ]
+        events = {(row["id"], row["token"]): _state_event(row) for row in await self.rows(sql.FINISH, records)}
+        return [events.get((ending.claim.job_id, ending.claim.token)) for ending in endings]
+
+    async def ended_by(self, claim: Claim) -> Event | None:
+        """The event by which this attempt ended its job, if it did."""
+        rows = await self.rows(sql.ENDED_BY, claim.job_id, claim.token)
+        return _state_event(rows[0]) if rows else None
 
     async def release(self, claim: Claim) -> tuple[Event, float] | None:
         """The event and the job's position in the queue."""
@@ -145,8 +186,9 @@ class Store:
         rows = await self.rows(sql.RESCUE, most_crashes, error.as_json(), limit)
         return [(row["kind"], _state_event(row), row["position"]) for row in rows]
 
-    async def cancel_requested(self, worker: str) -> list[UUID]:
-        return [row["id"] for row in await self.rows(sql.CANCEL_REQUESTED, worker)]
+    async def cancel_requested(self, ids: Sequence[UUID]) -> list[tuple[UUID, int]]:
+        """Which of these running jobs are to be cancelled, each with the token of its attempt."""
+        return [(row["id"], row["token"]) for row in await self.rows(sql.CANCEL_REQUESTED, ids)]
 
     async def cancel(self, job_id: UUID, tenant_id: UUID) -> tuple[Job, Event] | None:
         """The job after the request and the event of it; None if nothing changed by it."""
@@ -178,6 +220,7 @@ class Store:
         return [Artifact(**row) for row in await self.rows(sql.ARTIFACTS, job_id, tenant_id)]
 
     async def failures(self, job_id: UUID, tenant_id: UUID) -> list[dict[str, Any]]:
+        """Why attempts failed, oldest first."""
         return [
             {"attempt": row["attempt"], "at": timestamp(row["at"]), "error": row["error"]}
             for row in await self.rows(sql.FAILURES, job_id, tenant_id)

@@ -11,8 +11,9 @@ Result = TypeVar("Result")
 class Batch(Generic[Item, Result]):
     """Gathers calls into lists. `run` is given the items and returns their results in the same order.
 
-    One `run` is under way at a time. An exception of `run` reaches every caller of that list, unless `faulty` says
-    that one item is to blame: then each is run again alone.
+    One `run` is under way at a time, and no caller that goes away stops it. An exception of `run` reaches every caller
+    of that list, unless `faulty` says that an item is to blame: then both halves of the list are run apart, until the
+    one to blame stands alone.
     """
 
     def __init__(
@@ -45,16 +46,17 @@ class Batch(Generic[Item, Result]):
 
     async def _settle(self, taken: Sequence[tuple[Item, "asyncio.Future[Result]"]]) -> None:
         try:
-            results = await self._run([item for item, _ in taken])
+            settled = list(zip(taken, await self._run([item for item, _ in taken]), strict=True))
         except Exception as error:
             if isinstance(error, self._faulty) and len(taken) > 1:
-                for one in taken:
-                    await self._settle([one])
+                middle = len(taken) // 2
+                await self._settle(taken[:middle])
+                await self._settle(taken[middle:])
                 return
             for _, future in taken:
                 if not future.done():
                     future.set_exception(error)
         else:
-            for (_, future), result in zip(taken, results, strict=True):
+            for (_, future), result in settled:
                 if not future.done():
                     future.set_result(result)

@@ -1,7 +1,8 @@
 """The SQL of the store, named. Every statement that writes a running job is fenced by `token`.
 
 Statements work on many jobs at once: their argument is a JSON array of records, so that what arrives while one
-statement runs shares the next.
+statement runs shares the next. Those that wait for locks on several jobs take them in the order of the ids, so that no
+two of them wait for each other.
 """
 
 JOB = """
@@ -14,9 +15,9 @@ AT = f"to_char(now() AT TIME ZONE 'UTC', {FORM})"
 RUN_AT = f"to_char(run_at AT TIME ZONE 'UTC', {FORM})"
 
 # Queued jobs are run by position: start-time fair queueing over the flows of each tenant and priority. A new job stands
-# a step behind the last of its flow, or at the head of the whole queue if its flow is empty; a step is 1 for high, 4 for
-# normal, 16 for low. So tenants take turns, high goes before low, and no flow waits for ever. The fraction lets high go
-# first among equals.
+# a step behind the last of its flow, or at the head of the whole queue if its flow is empty; a step is 1 for high, 4
+# for normal, 16 for low. So tenants take turns, high goes before low, and no flow waits for ever. The fraction lets
+# high go first among equals.
 FLOWS = """
     SELECT tenant_id, priority, greatest(
         (SELECT floor(min(position)) FROM jobs WHERE state = 'queued'),
@@ -45,8 +46,8 @@ WITH r AS (
         id, tenant_id, kind, state, input, tags, priority, timeout, max_attempts, run_at, position,
         idempotency_key, request_digest, seq
     )
-    SELECT id, tenant_id, kind, CASE WHEN due > now() THEN 'scheduled' ELSE 'queued' END, input, tags, priority,
-        timeout, max_attempts, due, {PLACE}, idempotency_key, digest, 1
+    SELECT id, tenant_id, kind, CASE WHEN due > now() THEN 'scheduled' ELSE 'queued' END, coalesce(input, 'null'),
+        tags, priority, timeout, max_attempts, due, {PLACE}, idempotency_key, digest, 1
     FROM (SELECT *, coalesce(run_at, now() + delay * interval '1 second') AS due FROM r) r
     JOIN flows USING (tenant_id, priority)
     ON CONFLICT (tenant_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
@@ -113,10 +114,15 @@ SELECT id FROM jobs WHERE state = 'queued' AND kind = ANY($1::text[]) ORDER BY p
 
 # Write the newest progress of running jobs and hear whether they are to be cancelled. $1: [{id, token, progress}]
 REPORT = """
-UPDATE jobs SET progress = r.progress, seq = seq + 1
-FROM jsonb_to_recordset($1::jsonb) AS r (id uuid, token bigint, progress jsonb)
-WHERE jobs.id = r.id AND jobs.token = r.token AND jobs.state = 'running'
-RETURNING jobs.id, jobs.epoch, jobs.seq, jobs.cancel_requested_at IS NOT NULL AS cancel_requested
+WITH r AS (
+    SELECT * FROM jsonb_to_recordset($1::jsonb) AS r (id uuid, token bigint, progress jsonb)
+), held AS (
+    SELECT jobs.id, r.progress FROM jobs JOIN r ON r.id = jobs.id AND r.token = jobs.token
+    WHERE jobs.state = 'running' ORDER BY jobs.id FOR NO KEY UPDATE OF jobs
+)
+UPDATE jobs SET progress = held.progress, seq = seq + 1
+FROM held WHERE jobs.id = held.id
+RETURNING jobs.id, jobs.token, jobs.epoch, jobs.seq, jobs.cancel_requested_at IS NOT NULL AS cancel_requested
 """
 
 # Add a log event to a running job. $1: id, $2: token, $3: message, $4: level
@@ -144,13 +150,16 @@ WITH r AS (
         id uuid, token bigint, state text, result jsonb, error jsonb, failure jsonb, delay float8, progress jsonb,
         artifacts jsonb
     )
+), held AS (
+    SELECT jobs.id FROM jobs JOIN r ON r.id = jobs.id AND r.token = jobs.token
+    WHERE jobs.state = 'running' ORDER BY jobs.id FOR NO KEY UPDATE OF jobs
 ), finished AS (
     UPDATE jobs SET
         state = r.state, result = r.result, error = r.error, progress = coalesce(r.progress, jobs.progress),
         seq = seq + 1, lease_expires_at = NULL, worker = NULL,
         run_at = CASE WHEN r.state = 'scheduled' THEN now() + r.delay * interval '1 second' ELSE jobs.run_at END,
         finished_at = CASE WHEN r.state <> 'scheduled' THEN now() END
-    FROM r WHERE jobs.id = r.id AND jobs.token = r.token AND jobs.state = 'running'
+    FROM held, r WHERE jobs.id = held.id AND r.id = held.id AND r.token = jobs.token
     RETURNING jobs.id, jobs.token, jobs.kind, jobs.state, jobs.attempt, jobs.result, jobs.error, jobs.progress,
         jobs.run_at, jobs.epoch, jobs.seq, r.failure
 ), failed AS (
@@ -159,7 +168,7 @@ WITH r AS (
 ), kept AS (
     INSERT INTO artifacts (job_id, name, content_type, size, sha256, key)
     SELECT finished.id, a.name, a.content_type, a.size, a.sha256, a.key
-    FROM finished JOIN r ON r.id = finished.id
+    FROM finished JOIN r ON r.id = finished.id AND r.token = finished.token
     CROSS JOIN jsonb_to_recordset(r.artifacts)
         AS a (name text, content_type text, size bigint, sha256 text, key text)
 )
@@ -168,15 +177,27 @@ SELECT id, seq, 'state', jsonb_build_object(
     'state', state, 'attempt', attempt, 'at', {AT}, 'result', result, 'error', error, 'progress', progress,
     'run_at', CASE WHEN state = 'scheduled' THEN {RUN_AT} END
 ) FROM finished
-RETURNING job_id AS id, seq, data, (SELECT epoch FROM finished WHERE finished.id = job_id) AS epoch
+RETURNING job_id AS id, seq, data,
+    (SELECT epoch FROM finished WHERE finished.id = job_id) AS epoch,
+    (SELECT token FROM finished WHERE finished.id = job_id) AS token
 """
 
-# Give a running job back to the queue without counting the attempt. $1: id, $2: token
+# The event by which an attempt ended its job, if it did: for a FINISH whose answer was lost. $1: id, $2: token
+ENDED_BY = """
+SELECT jobs.id, jobs.epoch, events.seq, events.data
+FROM jobs JOIN events ON events.job_id = jobs.id AND events.seq = jobs.seq
+WHERE jobs.id = $1 AND jobs.token = $2 AND jobs.finished_at IS NOT NULL
+"""
+
+# Give a running job back to the queue without counting the attempt; one that was to be cancelled is cancelled.
+# $1: id, $2: token
 RELEASE = f"""
 WITH released AS (
     UPDATE jobs SET
-        state = 'queued', attempt = attempt - 1, interruptions = interruptions + 1, seq = seq + 1,
-        lease_expires_at = NULL, worker = NULL
+        state = CASE WHEN cancel_requested_at IS NULL THEN 'queued' ELSE 'cancelled' END,
+        attempt = CASE WHEN cancel_requested_at IS NULL THEN attempt - 1 ELSE attempt END,
+        finished_at = CASE WHEN cancel_requested_at IS NOT NULL THEN now() END,
+        interruptions = interruptions + 1, seq = seq + 1, lease_expires_at = NULL, worker = NULL
     WHERE id = $1 AND token = $2 AND state = 'running'
     RETURNING id, kind, state, attempt, epoch, seq, position
 )
@@ -218,15 +239,19 @@ SELECT id, kind, epoch, seq, data, position FROM rescued JOIN told ON told.job_i
 
 # Hold on to what a worker runs. A lease that ran out is not taken up again. $1: ids, $2: tokens, $3: lease
 RENEW = """
+WITH held AS (
+    SELECT jobs.id FROM jobs
+    JOIN unnest($1::uuid[], $2::bigint[]) AS r (id, token) ON r.id = jobs.id AND r.token = jobs.token
+    WHERE jobs.state = 'running' AND jobs.lease_expires_at > now() ORDER BY jobs.id FOR NO KEY UPDATE OF jobs
+)
 UPDATE jobs SET lease_expires_at = now() + $3::interval
-FROM unnest($1::uuid[], $2::bigint[]) AS held (id, token)
-WHERE jobs.id = held.id AND jobs.token = held.token AND jobs.state = 'running' AND lease_expires_at > now()
-RETURNING jobs.id
+FROM held WHERE jobs.id = held.id
+RETURNING jobs.id, jobs.token
 """
 
-# Which of a worker's running jobs are to be cancelled. $1: worker
+# Which of these running jobs are to be cancelled. $1: ids
 CANCEL_REQUESTED = """
-SELECT id FROM jobs WHERE state = 'running' AND worker = $1 AND cancel_requested_at IS NOT NULL
+SELECT id, token FROM jobs WHERE id = ANY($1::uuid[]) AND state = 'running' AND cancel_requested_at IS NOT NULL
 """
 
 # Cancel a job: at once if it waits, by request if it runs. Terminal jobs and repeated requests match no row.
@@ -311,11 +336,14 @@ ON CONFLICT (name) DO UPDATE SET
 
 KINDS = "SELECT name, description, timeout, max_attempts, input_schema, result_schema FROM kinds ORDER BY name"
 
-# Open jobs by state, and the age in seconds of the oldest that is queued.
+# Open jobs by state, and the age in seconds of the queued one that has been due longest.
 OPEN = """
-SELECT state, count(*) AS jobs,
-    coalesce(extract(epoch FROM now() - min(created_at) FILTER (WHERE state = 'queued')), 0)::float8 AS oldest
-FROM jobs WHERE state IN ('scheduled', 'queued', 'running') GROUP BY state
+SELECT 'scheduled' AS state, count(*) AS jobs, 0::float8 AS oldest FROM jobs WHERE state = 'scheduled'
+UNION ALL
+SELECT 'queued', count(*), coalesce(extract(epoch FROM now() - min(coalesce(run_at, created_at))), 0)::float8
+FROM jobs WHERE state = 'queued'
+UNION ALL
+SELECT 'running', count(*), 0 FROM jobs WHERE state = 'running'
 """
 
 # Whether the schema is there and the server takes writes.

@@ -6,8 +6,10 @@ service, the worker and the servers, in this order.
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -15,7 +17,7 @@ from types import FrameType
 import click
 
 from headway.embedded import Embedded
-from headway.errors import StartFailed
+from headway.errors import HeadwayError, StartFailed
 from services.run.child import Child, ending, spawn
 from services.run.setup import Setup
 
@@ -47,12 +49,15 @@ class Supervisor:
         """Returns when the web service answers. The worker is ready before that, so every kind is known."""
         began = time.monotonic()
         self._setup.check_ports()
-        self._setup.log_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._setup.make_folders()
+        click.echo("Starting PostgreSQL, Redis, the worker and the web service ...")
         self._environment = self._setup.environment(self._start_servers())
         self._manage("migrate")
-        web, worker = self._children = [self._child("web"), self._child("worker")]
+        web, worker = self._children = [self._child("web", "web service"), self._child("worker", "worker")]
         worker.start()
-        self._manage("first_start", "--url", self._setup.url, "--credentials", str(self._setup.credentials))
+        self._manage(
+            "first_start", "--skip-checks", "--url", self._setup.url, "--credentials", str(self._setup.credentials)
+        )
         self._setup.point_credentials_here()
         self._wait_until_ready(worker)
         web.start()
@@ -80,6 +85,8 @@ class Supervisor:
 
     def supervise(self) -> None:
         """Keeps everything running until a signal comes."""
+        countdown = ["submit", "demo.countdown", "--input", '{"seconds": 5}', "--follow"]
+        click.echo(f"Try:   {self._command(*countdown)}\nStop:  Ctrl-C")
         while True:
             self._pause()
 
@@ -87,10 +94,12 @@ class Supervisor:
         """Stops what runs and returns when it is gone."""
         for child in self._children:
             child.signal(signal.SIGTERM)
+            deadline = time.monotonic() + self._setup.drain + 5
             while child.running:
-                if self._signals > 1:
+                if self._signals > 1 or time.monotonic() > deadline:
+                    log.warning("Killing the %s, which has not stopped yet.", child.name)
                     child.signal(signal.SIGKILL)
-                time.sleep(0.02)
+                time.sleep(0.05)
         if self._servers:
             self._servers.stop()
 
@@ -121,12 +130,12 @@ class Supervisor:
         if process.returncode:
             raise StartFailed(f"`manage {arguments[0]}` failed ({ending(process.returncode)}).\n{_end_of(path)}")
 
-    def _child(self, name: str) -> Child:
-        path = self._setup.log_folder / f"{name}.log"
+    def _child(self, service: str, name: str) -> Child:
+        path = self._setup.log_folder / f"{service}.log"
         if path.exists():
             path.replace(path.with_suffix(".log.1"))
-        environment = self._setup.service_environment(name, self._environment)
-        return Child(name, environment, self._setup.ops_url(name), path)
+        environment = self._setup.service_environment(service, self._environment)
+        return Child(name, f"services.{service}", environment, self._setup.ops_url(service), path)
 
     def _wait_until_ready(self, child: Child) -> None:
         deadline = time.monotonic() + READY_WITHIN
@@ -137,7 +146,7 @@ class Supervisor:
                 raise StartFailed(
                     f"The {child.name} is not ready after {READY_WITHIN:.0f} s.\n{_end_of(child.log_file)}"
                 )
-            self._pause(keep_running=False)
+            self._pause()
 
     def _wait_for(self, process: "subprocess.Popen[bytes]") -> None:
         try:
@@ -156,17 +165,60 @@ class Supervisor:
             self._servers.start()
         for child in self._children:
             child.keep_running()
-        time.sleep(0.05)
+        time.sleep(0.1)
 
     def _greet(self, seconds: float) -> None:
         setup = self._setup
-        folder = os.path.relpath(setup.home)
         click.echo(
-            f"Headway runs at {setup.url} (started in {seconds:.1f} s)\n"
+            f"\nHeadway runs at {setup.url} (started in {seconds:.1f} s)\n"
             f"  API      {setup.url}/api/v1/docs\n"
-            f"  Admin    {setup.url}/admin/ as admin; the password is in {folder}/credentials.json\n"
-            f"  Logs     {folder}/log/web.log and worker.log\n"
+            f"  Admin    {setup.url}/admin/ as admin; the password is in {_shown(setup.credentials)}\n"
             f"  Metrics  {setup.ops_url('web')}/metrics and {setup.ops_url('worker')}/metrics\n"
+            f"  Logs     {_shown(setup.log_folder)}/\n"
         )
 
-    def _command(self, *arguments: str) -> str: ...
+    def _command(self, *arguments: str) -> str:
+        """A line to paste that runs the command line against this home folder."""
+        home = _shown(self._setup.home)
+        prefix = "" if home == ".headway" else f"HEADWAY_HOME={shlex.quote(home)} "
+        return prefix + shlex.join([_shown(Path(sys.executable).with_name("headway")), *arguments])
+
+
+def _shown(path: Path) -> str:
+    """The path as one would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _end_of(path: Path) -> str:
+    tail = "\n".join(path.read_text(errors="replace").splitlines()[-15:])
+    return f"The last lines of {_shown(path)}:\n{tail}"
+
+
+def main() -> int:
+    """Runs until Ctrl-C or SIGTERM; 0 then, 1 if something cannot be started."""
+    logging.basicConfig(format="headway: %(message)s", level=logging.WARNING)
+    os.umask(0o077)
+    try:
+        supervisor = Supervisor(Setup(os.environ))
+    except HeadwayError as error:
+        click.echo(f"headway: {error}", err=True)
+        return 1
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, supervisor.on_signal)
+    try:
+        supervisor.start()
+        supervisor.show_first_job()
+        supervisor.supervise()
+    except Stopped:
+        click.echo("\nStopping ...")
+    except (HeadwayError, OSError) as error:
+        click.echo(f"headway: {error}", err=True)
+        return 1
+    finally:
+        supervisor.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

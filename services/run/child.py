@@ -22,8 +22,9 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 class Child:
     """A service that is to run until the supervisor stops."""
 
-    def __init__(self, name: str, environment: Mapping[str, str], ops_url: str, log_file: Path) -> None:
+    def __init__(self, name: str, module: str, environment: Mapping[str, str], ops_url: str, log_file: Path) -> None:
         self.name = name
+        self._module = module
         self.log_file = log_file
         self._environment = environment
         self._ops = urlsplit(ops_url).netloc
@@ -40,7 +41,7 @@ class Child:
         self._started = time.monotonic()
         self._due = None
         with self.log_file.open("ab") as output:
-            self._process = spawn(["-m", f"services.{self.name}"], self._environment, output)
+            self._process = spawn(["-m", self._module], self._environment, output)
 
     def keep_running(self) -> None:
         """Starts the service again some time after it died, later each time it dies young."""

@@ -36,6 +36,8 @@ class Setup:
         self.credentials = self.home / "credentials.json"
         first_ops_port = self.settings.ops_port if self.has("ops_port") else self.settings.port + 1
         self.ops_ports = {"web": first_ops_port, "worker": first_ops_port + 1}
+        # Ctrl-C is to end within a few seconds; jobs that it interrupts go on at the next start.
+        self.drain = self.settings.drain if self.has("drain") else 3.0
 
     def has(self, name: str) -> bool:
         """Whether the setting was given."""
@@ -69,11 +71,22 @@ class Setup:
                     f"Port {port} {why}; it is for {use}. Set {name} to another port, for example {name}=18000."
                 ) from None
 
+    def make_folders(self) -> None:
+        """Raises StartFailed if the home folder cannot be had."""
+        try:
+            self.log_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StartFailed(
+                f"{self.home} cannot be used: {error}. Set HEADWAY_HOME to a folder that you may write."
+            ) from None
+
     def environment(self, found: Mapping[str, str]) -> dict[str, str]:
         """The environment of every process: `found` settings, and defaults for what was not given."""
-        defaults = {"log_format": "text", "log_level": "WARNING", "drain": "3", **self._secrets(), **found}
+        defaults = {"log_format": "text", "log_level": "WARNING", "drain": f"{self.drain}", **self._secrets(), **found}
         missing = {variable(name): value for name, value in defaults.items() if not self.has(name)}
-        return {**self._environ, **missing, variable("home"): str(self.home)}
+        # The first job's command line is to find this server, not the one that its user works with.
+        given = {key: value for key, value in self._environ.items() if key not in ("HEADWAY_URL", "HEADWAY_API_KEY")}
+        return {**given, **missing, variable("home"): str(self.home)}
 
     def service_environment(self, service: str, environment: Mapping[str, str]) -> dict[str, str]:
         """The environment of the web service or the worker."""

@@ -13,6 +13,7 @@ from headway.errors import HeadwayError
 from headway.ops import Ops
 from headway.settings import Settings
 from headway.store import OUTAGES
+from services.web.protocol import Http, WebSocket
 
 if TYPE_CHECKING:
     from services.web.asgi import Application
@@ -31,7 +32,8 @@ def server_config(application: "Application", config: Settings) -> uvicorn.Confi
         access_log=False,
         server_header=False,
         forwarded_allow_ips=config.trusted_proxies,
-        ws="websockets-sansio",
+        http=Http,
+        ws=WebSocket,
         ws_max_size=16 * 1024,
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=max(1, int(config.drain)),

@@ -38,7 +38,7 @@ class Application:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
-        scope["headway"] = await self.open()
+        scope["headway"] = self.app or await self.open()
         if scope["type"] == "websocket":
             await websockets(scope, receive, send)
         elif scope["path"].startswith("/api/") and scope["path"] not in PAGES_IN_API:

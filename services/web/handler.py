@@ -6,26 +6,25 @@ JSON bodies into memory up to a limit, and leaves uploads to their view as a str
 """
 
 import asyncio
+from functools import lru_cache
 from typing import Any
 
-import structlog
 from asgiref.sync import iscoroutinefunction
 from django.conf import settings
-from django.core.exceptions import SuspiciousOperation
 from django.core.handlers.asgi import ASGIHandler
 from django.http import Http404
 from django.http.response import HttpResponseBase
-from django.urls import set_urlconf
+from django.urls import get_resolver
 from django.utils.module_loading import import_string
 
-from headway.errors import BadRequest, MethodNotAllowed, NotFound
-from services.web.api.answers import problem, refuse
-from services.web.api.bodies import Disconnected
+from headway.errors import MethodNotAllowed, NotFound
+from services.web.api.answers import CLIENT_LEFT, nothing, on_exception, refuse
+from services.web.api.auth import bearer
 from services.web.api.request import ApiRequest
 
 STREAMED = ("POST", "/api/v1/files")
-
-log = structlog.get_logger(__name__)
+# Seconds that a client which still sends is listened to, so that it gets to read why its body is refused.
+LINGER = 5.0
 
 
 class ApiHandler(ASGIHandler):
@@ -33,53 +32,70 @@ class ApiHandler(ASGIHandler):
 
     def load_middleware(self, is_async: bool = True) -> None:
         """Wrap the view in `API_MIDDLEWARE`, as Django does with MIDDLEWARE; `checks` has seen that all is async."""
-        self._view_middleware: list[Any] = []
-        self._template_response_middleware: list[Any] = []
-        self._exception_middleware: list[Any] = []
         chain: Any = self._answer
         for path in reversed(settings.API_MIDDLEWARE):
             chain = import_string(path)(chain)
             assert iscoroutinefunction(chain), f"{path} is not asynchronous"
         self._middleware_chain = chain
+        # The same few paths are asked for again and again; to match one costs as much as the rest of a request.
+        self._resolve = lru_cache(maxsize=256)(get_resolver().resolve)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            request = ApiRequest(scope, receive)
-        except UnicodeDecodeError:
-            await self.send_response(refuse(BadRequest("The query string is not UTF-8.")), send)
+        request = ApiRequest(scope, receive)
+        response = await self._middleware_chain(request)
+        if response.status_code == CLIENT_LEFT:
             return
-        set_urlconf(settings.ROOT_URLCONF)
-        try:
-            response = await self._middleware_chain(request)
-        except Disconnected:
-            return
+        if not response.streaming and response.status_code != 304:
+            response.headers["Content-Length"] = str(len(response.content))
         if not request.incoming.read:
-            # The rest of the body is not wanted: the connection must not be used again.
-            response["Connection"] = "close"
-        if not response.streaming:
-            response["Content-Length"] = str(len(response.content))
-        if response.streaming:
+            await self._refuse_the_rest(request, response, send)
+        elif response.streaming:
             await self._stream(response, receive, send)
         else:
             await self.send_response(response, send)
 
     async def _answer(self, request: ApiRequest) -> HttpResponseBase:
         try:
-            if (request.method, request.path) != STREAMED:
+            if (request.method, request.path_info) != STREAMED:
                 await request.load()
-            response: HttpResponseBase = await self._get_response_async(request)  # type: ignore[attr-defined]
-        except Disconnected:
-            raise
+            response = await self._view(request)
         except Http404:
-            return refuse(NotFound(f"There is nothing at {request.path}; see /api/v1/docs."))
-        except SuspiciousOperation as error:
-            return refuse(BadRequest(f"The request is refused: {error}."))
+            return refuse(NotFound(f"There is nothing at {request.path[:200]}; see /api/v1/docs."))
         except Exception as error:
-            return refuse(problem(error))
+            return on_exception(request, error)
         if response.status_code == 405:
-            allowed = response["Allow"]
-            return refuse(MethodNotAllowed(f"{request.path} takes {allowed}.", headers={"Allow": allowed}))
+            allowed = set(response.headers["Allow"].split(", "))
+            takes = ", ".join(sorted(allowed | {"HEAD"} if "GET" in allowed else allowed))
+            return refuse(MethodNotAllowed(f"{request.path} takes {takes}.", headers={"Allow": takes}))
         return response
+
+    async def _view(self, request: ApiRequest) -> HttpResponseBase:
+        request.resolver_match = found = self._resolve(request.path_info)
+        token = bearer(request.META.get("HTTP_AUTHORIZATION", ""))
+        request.auth = await request.app.keyring.authenticate(token)
+        if request.method != "HEAD":
+            return await found.func(request, *found.args, **found.kwargs)  # type: ignore[no-any-return]
+        # HEAD is GET, of which the server sends no body.
+        request.method = "GET"
+        try:
+            response: HttpResponseBase = await found.func(request, *found.args, **found.kwargs)
+        finally:
+            request.method = "HEAD"
+        if response.streaming:
+            response.streaming_content = nothing()  # type: ignore[attr-defined]
+        return response
+
+    async def _refuse_the_rest(self, request: ApiRequest, response: HttpResponseBase, send: Any) -> None:
+        """Answer a client that still sends, and read on for a moment: if the connection closed now, the answer of which
+        the client has not read anything yet would be lost with it."""
+
+        async def send_open(message: Any) -> None:
+            await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
+
+        response.headers["Connection"] = "close"
+        await self.send_response(response, send_open)
+        await request.incoming.discard(LINGER)
+        await send({"type": "http.response.body"})
 
     async def _stream(self, response: HttpResponseBase, receive: Any, send: Any) -> None:
         """Send until the end, or until the client goes away."""

@@ -1,6 +1,6 @@
 """Django's settings, derived from Headway's."""
 
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from headway import settings as headway_settings
 
@@ -73,7 +73,7 @@ DATABASES = {
         "NAME": _database.path.lstrip("/"),
         "USER": unquote(_database.username or ""),
         "PASSWORD": unquote(_database.password or ""),
-        "OPTIONS": {"connect_timeout": 5},
+        "OPTIONS": {"connect_timeout": 5, **dict(parse_qsl(_database.query))},
     }
 }
 

@@ -3,6 +3,8 @@
 import asyncio
 import signal
 import sys
+from datetime import timedelta
+from typing import Literal
 
 import asyncpg
 import structlog
@@ -10,6 +12,7 @@ import uvloop
 
 from headway import logs, settings
 from headway.errors import HeadwayError
+from headway.lifecycle import LEASE
 from headway.ops import Ops
 from headway.settings import Settings
 from headway.store import OUTAGES
@@ -18,26 +21,39 @@ from services.worker.app import App
 log = structlog.get_logger(__name__)
 
 
-async def work(config: Settings) -> None:
+async def work(config: Settings, *, lease: timedelta = LEASE) -> None:
     """Run jobs until told to stop; jobs under way get `drain` seconds, then go back to the queue."""
-    app = await App.open(config)
     stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopping.set)
+    told = asyncio.create_task(stopping.wait())
+    opening = asyncio.create_task(App.open(config, lease=lease))
 
     async def ready() -> str | None:
         if stopping.is_set():
             return "draining"
+        if not opening.done():
+            return "waiting for the database"
         try:
-            return None if await app.store.ready_check() else "the database is not migrated, or takes no writes"
+            migrated = await opening.result().store.ready_check()
         except OUTAGES as error:
             return f"the database cannot be reached: {type(error).__name__}"
+        return None if migrated else "the database is not migrated, or takes no writes"
 
     ops = Ops(config.ops_host, config.ops_port, ready)
     await ops.start()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
+    await asyncio.wait({opening, told}, return_when=asyncio.FIRST_COMPLETED)
+    if opening.done():
+        await _run(opening.result(), told, config)
+    else:
+        opening.cancel()
+        await asyncio.gather(opening, return_exceptions=True)
+    await ops.stop()
+    log.info("the worker has stopped")
+
+
+async def _run(app: App, told: "asyncio.Task[Literal[True]]", config: Settings) -> None:
     working = asyncio.create_task(app.worker.async_run())
-    told = asyncio.create_task(stopping.wait())
     log.info("the worker runs", worker=app.worker.name, slots=config.slots)
     await asyncio.wait({working, told}, return_when=asyncio.FIRST_COMPLETED)
     if working.done():
@@ -45,9 +61,7 @@ async def work(config: Settings) -> None:
         working.result()
     await app.worker.drain(config.drain)
     await asyncio.gather(working, return_exceptions=True)
-    await ops.stop()
     await app.close()
-    log.info("the worker has stopped")
 
 
 def main() -> None:

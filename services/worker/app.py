@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 from dataclasses import dataclass
+from datetime import timedelta
 from uuid import UUID
 
 import structlog
@@ -11,7 +12,7 @@ import structlog
 from headway import kinds, queue
 from headway.events import Events, layer
 from headway.files import Files
-from headway.lifecycle import Lifecycle
+from headway.lifecycle import LEASE, Lifecycle
 from headway.queue import Queue
 from headway.settings import Settings
 from headway.store import OUTAGES, Store
@@ -34,7 +35,7 @@ class App:
     worker: HeadwayWorker
 
     @classmethod
-    async def open(cls, settings: Settings) -> "App":
+    async def open(cls, settings: Settings, *, lease: timedelta = LEASE) -> "App":
         """Connect, and announce the kinds. Raises InvalidSettings if a module of kinds cannot be imported."""
         found = kinds.discover(settings.kinds)
         url = settings.database_url.get_secret_value()
@@ -43,15 +44,15 @@ class App:
         await _announce(store, found)
         redis_url = settings.redis_url.get_secret_value()
         wakeups, events = Queue(queue.connect(redis_url)), Events(layer(redis_url))
-        lifecycle = Lifecycle(store, wakeups, events)
+        lifecycle = Lifecycle(store, wakeups, events, lease=lease)
         files = Files(settings.files_location, max_size=settings.max_file)
         runner = Runner(found, Parts(settings, store, lifecycle, files))
         loop = asyncio.get_running_loop()
 
-        def lost(job_id: UUID) -> None:
-            loop.call_soon_threadsafe(runner.interrupt, job_id, "lost")
+        def lost(job_id: UUID, token: int) -> None:
+            loop.call_soon_threadsafe(runner.lose, job_id, token)
 
-        keeper = LeaseKeeper(url, lost)
+        keeper = LeaseKeeper(url, lost, lease=lease)
         keeper.start()
         worker = HeadwayWorker(
             f"{socket.gethostname()}:{os.getpid()}:{os.urandom(3).hex()}",

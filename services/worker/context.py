@@ -1,10 +1,12 @@
 """What a handler holds: JobContext over the lifecycle, the files and the sources."""
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 from uuid import UUID
 
@@ -14,15 +16,20 @@ from headway.errors import Fatal, LeaseLost
 from headway.files import Files, Writer, artifact_key, file_key
 from headway.job import Artifact, Claim, File, Progress
 from headway.kinds import JobContext
-from headway.lifecycle import Lifecycle
+from headway.lifecycle import Lifecycle, kept
 from headway.settings import Settings
 from headway.store import OUTAGES, Store
 from services.worker.pace import Pace
 
 # At most ten reports a second are written for a job.
 REPORT_EVERY = 0.1
+# After an outage of the database.
+REPORT_AGAIN = 1.0
 # A handler that only reports would hold the event loop; it lets others run this often.
 YIELD_EVERY = 0.01
+# Names become part of a path, types become a header.
+ARTIFACT_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,200}")
+CONTENT_TYPE = re.compile(r"[ -~]{1,200}")
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +60,7 @@ class StoredFile:
 class Context(JobContext):
     """One attempt's context. `interrupt` is called with `cancelled` or `lost` when a write brings that news."""
 
-    def __init__(self, claim: Claim, parts: Parts, interrupt: Callable[[str], None]) -> None:
+    def __init__(self, claim: Claim, parts: Parts, interrupt: Callable[[str], object]) -> None:
         self.id = claim.job_id
         self.kind = claim.kind
         self.attempt = claim.attempt
@@ -65,9 +72,13 @@ class Context(JobContext):
         self._pace = Pace()
         self._latest: Progress | None = None
         self._written: Progress | None = None
+        self._shown: Mapping[str, Any] | None = None
         self._writer: asyncio.Task[None] | None = None
+        self._pausing = False
+        self._closed = False
         self._yielded = time.monotonic()
         self._opened = 0
+        self._names: set[str] = set()
 
     async def report(
         self,
@@ -78,7 +89,12 @@ class Context(JobContext):
         unit: str = "items",
         counts: Mapping[str, int] | None = None,
     ) -> None:
-        self._latest = Progress(done, total, unit, message, counts or {})
+        if self._closed:
+            raise LeaseLost(f"Attempt {self.attempt} of job {self.id} is over.")
+        if not isfinite(done) or not (total is None or isfinite(total)):
+            raise ValueError(f"report() takes finite numbers, not done={done} and total={total}.")
+        numbers = {str(name): int(count) for name, count in counts.items()} if counts else {}
+        self._latest = Progress(done, total, unit, message, numbers)
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write())
         if time.monotonic() - self._yielded > YIELD_EVERY:
@@ -100,12 +116,21 @@ class Context(JobContext):
 
     @asynccontextmanager
     async def artifact(self, name: str, content_type: str = "application/octet-stream") -> AsyncIterator[Writer]:
-        if any(artifact.name == name for artifact in self.artifacts):
+        if not ARTIFACT_NAME.fullmatch(name) or name in (".", ".."):
+            raise ValueError(f"{name!r} cannot name an artifact: use 1 to 200 characters without slashes and controls.")
+        if not CONTENT_TYPE.fullmatch(content_type):
+            raise ValueError(f"{content_type!r} is not a content type.")
+        if name in self._names:
             raise ValueError(f"The job has an artifact {name!r} already.")
+        self._names.add(name)
         self._opened += 1
         key = artifact_key(self.id, self._claim.token, self._opened)
-        async with self._parts.files.writer(key) as writer:
-            yield writer
+        try:
+            async with self._parts.files.writer(key) as writer:
+                yield writer
+        except BaseException:
+            self._names.discard(name)
+            raise
         assert writer.stored is not None
         self.artifacts.append(Artifact(name, content_type, writer.stored.size, writer.stored.sha256, key))
 
@@ -117,28 +142,51 @@ class Context(JobContext):
         return sources[name].get_secret_value()
 
     async def close(self) -> Mapping[str, Any] | None:
-        """Stop writing reports; the newest one, which finishing the job writes."""
+        """Take no more reports, let one that is being written end; the newest one, which finishing the job writes."""
+        self._closed = True
         if self._writer is not None:
-            self._writer.cancel()
+            if self._pausing:
+                self._writer.cancel()
             await asyncio.gather(self._writer, return_exceptions=True)
-        return self._shown(self._latest) if self._latest else None
+        if self._latest is not self._written:
+            self._show()
+        return self._shown
 
     async def _write(self) -> None:
-        """Write the newest report, then wait: what comes meanwhile shares the next write."""
-        while self._latest is not self._written:
-            report = self._latest
-            assert report is not None
+        """Write the newest report, then pause: what comes meanwhile shares the next write."""
+        while self._latest is not self._written and not self._closed:
+            report, progress, pause = self._latest, self._show(), REPORT_EVERY
             try:
-                if await self._parts.lifecycle.report(self._claim, self._shown(report)):
+                if await self._parts.lifecycle.report(self._claim, progress):
                     self._interrupt("cancelled")
+                self._written = report
             except LeaseLost:
                 self._interrupt("lost")
                 return
             except OUTAGES as error:
-                log.warning("a report was not written; the next one will be", error=repr(error))
-            self._written = report
-            await asyncio.sleep(REPORT_EVERY)
+                log.warning("a report was not written; trying again", error=repr(error))
+                pause = REPORT_AGAIN
+            self._pausing = True
+            await asyncio.sleep(pause)
+            self._pausing = False
 
-    def _shown(self, report: Progress) -> Mapping[str, Any]:
+    def _show(self) -> Mapping[str, Any]:
+        """The newest report as clients see it."""
+        report = self._latest
+        assert report is not None
         rate, eta = self._pace.observe(report.done, report.total)
-        return {**report.as_json(), "rate": rate, "eta": eta}
+        self._shown = Progress(
+            done=_plain(report.done),
+            total=None if report.total is None else _plain(report.total),
+            unit=kept(str(report.unit)),
+            message=kept(str(report.message)),
+            counts={kept(name): count for name, count in report.counts.items()},
+            rate=rate,
+            eta=eta,
+        ).as_json()
+        return self._shown
+
+
+def _plain(number: float) -> float:
+    """An int or a float, whatever kind of number a handler counts in."""
+    return number if type(number) in (int, float) else float(number)

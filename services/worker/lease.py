@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from uuid import UUID
 
 import asyncpg
@@ -18,21 +19,24 @@ from headway.job import Claim
 from headway.lifecycle import LEASE
 from headway.store import OUTAGES, sql
 
-RENEW_EVERY = LEASE.total_seconds() / 3
-# Stop this long before the lease ends.
-MARGIN = 2.0
+# A lease is renewed three times in its length, and given up when this share of it is left.
+RENEWALS = 3
+MARGIN = 2 / 15
+RETRY_EVERY = 1.0
+LOOK_EVERY = 0.2
 
 log = structlog.get_logger(__name__)
 
 
 class LeaseKeeper(threading.Thread):
-    """Renews what is held. `lost` is called from this thread with the id of a job that is no longer ours."""
+    """Renews what is held. `lost` is called from this thread with the job and the token that are no longer ours."""
 
-    def __init__(self, url: str, lost: Callable[[UUID], None]) -> None:
+    def __init__(self, url: str, lost: Callable[[UUID, int], None], *, lease: timedelta = LEASE) -> None:
         super().__init__(name="leases", daemon=True)
         self._url = url
         self._lost = lost
-        self._held: dict[UUID, tuple[int, float]] = {}
+        self._lease = lease
+        self._ends: dict[tuple[UUID, int], float] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._connection: asyncpg.Connection | None = None
@@ -40,65 +44,70 @@ class LeaseKeeper(threading.Thread):
     def hold(self, claim: Claim, claimed_at: float) -> None:
         """Keep a job that was claimed by a statement sent at `claimed_at` (monotonic)."""
         with self._lock:
-            self._held[claim.job_id] = (claim.token, claimed_at + LEASE.total_seconds())
+            self._ends[claim.job_id, claim.token] = claimed_at + self._lease.total_seconds()
 
-    def drop(self, job_id: UUID) -> None:
+    def drop(self, claim: Claim) -> None:
+        """Let a job go that has ended."""
         with self._lock:
-            self._held.pop(job_id, None)
+            self._ends.pop((claim.job_id, claim.token), None)
 
     def stop(self) -> None:
         self._stopping.set()
 
     def run(self) -> None:
-        asyncio.run(self._renew_for_ever())
+        asyncio.run(self._keep())
 
-    async def _renew_for_ever(self) -> None:
-        next_renewal = time.monotonic()
+    async def _keep(self) -> None:
+        renewing = asyncio.create_task(self._renew_for_ever())
         while not self._stopping.is_set():
-            if time.monotonic() >= next_renewal:
-                next_renewal = time.monotonic() + (RENEW_EVERY if await self._renew() else 1.0)
             self._give_up_late()
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(LOOK_EVERY)
+        renewing.cancel()
+        await asyncio.gather(renewing, return_exceptions=True)
         if self._connection is not None:
             with suppress(*OUTAGES):
                 await self._connection.close(timeout=1)
 
-    async def _renew(self) -> bool:
-        """Renew all; whether Postgres answered."""
+    async def _renew_for_ever(self) -> None:
+        while True:
+            try:
+                await self._renew()
+            except Exception as error:
+                log.warning("leases were not renewed", error=repr(error), exc_info=not isinstance(error, OUTAGES))
+                if self._connection is not None:
+                    self._connection.terminate()
+                    self._connection = None
+                await asyncio.sleep(RETRY_EVERY)
+            else:
+                await asyncio.sleep(self._lease.total_seconds() / RENEWALS)
+
+    async def _renew(self) -> None:
         with self._lock:
-            held = {job_id: token for job_id, (token, _) in self._held.items()}
+            held = list(self._ends)
         if not held:
-            return True
+            return
         sent_at = time.monotonic()
-        try:
-            async with asyncio.timeout(3):
-                if self._connection is None or self._connection.is_closed():
-                    self._connection = await asyncpg.connect(self._url, timeout=3)
-                rows = await self._connection.fetch(sql.RENEW, list(held), list(held.values()), LEASE)
-        except OUTAGES as error:
-            log.warning("leases were not renewed", jobs=len(held), error=repr(error))
-            if self._connection is not None:
-                self._connection.terminate()
-                self._connection = None
-            return False
-        renewed = {row["id"] for row in rows}
+        async with asyncio.timeout(3):
+            if self._connection is None or self._connection.is_closed():
+                self._connection = await asyncpg.connect(self._url, timeout=3)
+            ids, tokens = zip(*held, strict=True)
+            rows = await self._connection.fetch(sql.RENEW, ids, tokens, self._lease)
+        renewed = {(row["id"], row["token"]) for row in rows}
         with self._lock:
-            for job_id, token in held.items():
-                if self._held.get(job_id, (None,))[0] == token and job_id in renewed:
-                    self._held[job_id] = (token, sent_at + LEASE.total_seconds())
-        for job_id in held.keys() - renewed:
-            self._let_go(job_id)
-        return True
+            for key in renewed & self._ends.keys():
+                self._ends[key] = sent_at + self._lease.total_seconds()
+        for key in set(held) - renewed:
+            self._let_go(key)
 
     def _give_up_late(self) -> None:
+        margin = self._lease.total_seconds() * MARGIN
         with self._lock:
-            late = [job_id for job_id, (_, ends) in self._held.items() if time.monotonic() > ends - MARGIN]
-        for job_id in late:
-            self._let_go(job_id)
+            late = [key for key, ends in self._ends.items() if time.monotonic() > ends - margin]
+        for key in late:
+            self._let_go(key)
 
-    def _let_go(self, job_id: UUID) -> None:
+    def _let_go(self, key: tuple[UUID, int]) -> None:
         with self._lock:
-            held = self._held.pop(job_id, None)
+            held = self._ends.pop(key, None)
         if held is not None:
-            log.warning("a lease was lost", job_id=str(job_id), token=held[0])
-            self._lost(job_id)
+            self._lost(*key)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
@@ -13,12 +13,12 @@ import structlog
 from pydantic import ValidationError
 
 from headway import metrics
-from headway.errors import Fatal, HandlerFailed, InputRefused, JobError, LeaseLost, Retry, TimedOut
-from headway.job import Claim
+from headway.errors import JOB_ERRORS, Fatal, HandlerFailed, InputRefused, JobError, LeaseLost, Retry, TimedOut
+from headway.job import Artifact, Claim, Ending
 from headway.kinds import Kind
-from headway.lifecycle import MESSAGE, Ending
+from headway.lifecycle import kept
 from headway.states import JobState
-from headway.store import OUTAGES
+from headway.store import OUTAGES, REFUSALS
 from services.worker.context import Context, Parts
 
 # How long a handler that was interrupted may take to clean up before it is left to itself.
@@ -36,8 +36,7 @@ class Outcome:
     state: JobState
     result: Any = None
     error: JobError | None = None
-    failure: Mapping[str, Any] | None = None
-    delay: float | None = None
+    raised: BaseException | None = None
 
 
 class Attempt:
@@ -45,14 +44,40 @@ class Attempt:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self.task: asyncio.Task[Any] | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._stirred: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def interrupt(self, reason: str) -> None:
-        """The first reason stays; losing the lease outweighs it, for then nothing may be written."""
-        if self.reason is None or reason == "lost":
-            first, self.reason = self.reason is None, reason
-            if first and self.task is not None:
-                self.task.cancel()
+    async def perform(self, handling: Coroutine[Any, Any, Any], seconds: float) -> "asyncio.Task[Any]":
+        """The handler's task: done, or left behind if it did not end though it was interrupted."""
+        task = self._task = asyncio.create_task(handling)
+        task.add_done_callback(lambda _: self._stir())
+        timer = asyncio.get_running_loop().call_later(seconds, self.interrupt, "timed-out")
+        try:
+            await self._stirred
+        finally:
+            timer.cancel()
+        if not task.done():
+            await asyncio.wait({task}, timeout=GRACE)
+        return task
+
+    def interrupt(self, reason: str) -> bool:
+        """Cancel the handler; whether that came in time.
+
+        The first reason stays, but losing the lease outweighs it, for then nothing may be written.
+        """
+        if self._task is None or self._task.done():
+            return False
+        if self.reason == "lost" or (self.reason is not None and reason != "lost"):
+            return False
+        if self.reason is None:
+            self._task.cancel()
+        self.reason = reason
+        self._stir()
+        return True
+
+    def _stir(self) -> None:
+        if not self._stirred.done():
+            self._stirred.set_result(None)
 
 
 class Runner:
@@ -61,20 +86,34 @@ class Runner:
     def __init__(self, kinds: Mapping[str, Kind], parts: Parts) -> None:
         self._kinds = kinds
         self._parts = parts
-        self._attempts: dict[UUID, Attempt] = {}
+        self._attempts: dict[tuple[UUID, int], Attempt] = {}
+        self._left_behind: set[asyncio.Task[Any]] = set()
 
-    def interrupt(self, job_id: UUID, reason: str) -> None:
-        """Stop one attempt, if it is under way here."""
-        if attempt := self._attempts.get(job_id):
-            attempt.interrupt(reason)
+    @property
+    def running(self) -> list[UUID]:
+        """The jobs with an attempt under way."""
+        return [job_id for job_id, _ in self._attempts]
 
-    def interrupt_all(self, reason: str) -> None:
+    def cancel(self, job_id: UUID, token: int) -> None:
+        """Stop an attempt whose job is to be cancelled, if it is under way here."""
+        if attempt := self._attempts.get((job_id, token)):
+            attempt.interrupt("cancelled")
+
+    def lose(self, job_id: UUID, token: int) -> None:
+        """Stop an attempt whose lease cannot be held: it may write nothing more."""
+        attempt = self._attempts.get((job_id, token))
+        if attempt is not None and attempt.interrupt("lost"):
+            metrics.lease_lost.inc()
+
+    def drain(self) -> None:
+        """Stop all attempts; their jobs go back to the queue."""
         for attempt in self._attempts.values():
-            attempt.interrupt(reason)
+            attempt.interrupt("drained")
 
     async def run(self, claim: Claim) -> None:
         """Perform the attempt and write how it ended. Raises nothing."""
-        attempt = self._attempts[claim.job_id] = Attempt()
+        key = claim.job_id, claim.token
+        attempt = self._attempts[key] = Attempt()
         context = Context(claim, self._parts, attempt.interrupt)
         began = time.monotonic()
         with structlog.contextvars.bound_contextvars(
@@ -84,65 +123,39 @@ class Runner:
                 outcome = await self._perform(claim, attempt, context)
                 progress = await context.close()
                 metrics.run_time.labels(claim.kind).observe(time.monotonic() - began)
-                if outcome is None:
-                    await self._give_up(claim, attempt, context)
-                else:
-                    await self._finish(
-                        Ending(
-                            claim,
-                            outcome.state,
-                            result=outcome.result,
-                            error=outcome.error,
-                            failure=outcome.failure,
-                            progress=progress,
-                            artifacts=context.artifacts,
-                            delay=outcome.delay,
-                        )
-                    )
+                await self._end(claim, attempt, outcome, progress, context.artifacts)
             except LeaseLost as error:
                 log.warning("the lease was lost; nothing was written", error=str(error))
+                await self._delete(context.artifacts)
             except Exception:
                 log.exception("an attempt could not be ended; its lease will run out")
             finally:
-                del self._attempts[claim.job_id]
+                del self._attempts[key]
 
     async def _perform(self, claim: Claim, attempt: Attempt, context: Context) -> Outcome | None:
-        """How the attempt ended; None if it was drained or lost."""
-        task = attempt.task = asyncio.create_task(self._handle(claim, context))
-        if attempt.reason is not None:
-            task.cancel()
-        if not (await asyncio.wait({task}, timeout=claim.timeout))[0]:
-            attempt.interrupt("timed-out")
-        await _await_end(task)
-        error = None if not task.done() or task.cancelled() else task.exception()
+        """How the attempt ended; None if it was drained or lost.
+
+        A handler that returns a result although it was interrupted has finished: the interruption came too late.
+        """
+        task = await attempt.perform(self._handle(claim, context), claim.timeout)
+        if not task.done():
+            log.error("a handler does not end though it was cancelled; it is left behind", reason=attempt.reason)
+            self._left_behind.add(task)
+            task.add_done_callback(self._left_behind.discard)
+            return _interrupted(attempt.reason, claim)
+        error = asyncio.CancelledError() if task.cancelled() else _innermost(task.exception())
         if isinstance(error, LeaseLost):
             attempt.reason = "lost"
         if attempt.reason == "lost":
             return None
-        if task.done() and not task.cancelled() and error is None:
+        if error is None:
             return Outcome(JobState.SUCCEEDED, result=task.result())
-        if attempt.reason == "cancelled":
-            return Outcome(JobState.CANCELLED)
-        if attempt.reason == "drained":
-            return None
-        if attempt.reason == "timed-out":
-            error = TimedOut(f"The attempt ran longer than its timeout, {claim.timeout:g} s.")
-        return self._failed(claim, error or asyncio.CancelledError())
-
-    def _failed(self, claim: Claim, error: BaseException) -> Outcome:
-        """Failed for good, or to be run again: if the error permits it and an attempt is left."""
-        failure = {"type": HandlerFailed.slug, "message": _message(error)}
-        if isinstance(error, JobError):
-            shown, failure = error, {**error.as_json()}
-        else:
-            log.error("a handler failed", exc_info=error)
-            shown = HandlerFailed(failure["message"])
-            failure["class"] = f"{type(error).__module__}.{type(error).__qualname__}"
-            failure["traceback"] = "".join(traceback.format_exception(error)).replace("\0", "")[-TRACEBACK:]
-        if isinstance(shown, Fatal | InputRefused) or claim.attempt >= claim.max_attempts:
-            return Outcome(JobState.FAILED, error=shown, failure=failure)
-        delay = shown.after if isinstance(shown, Retry) else self._kinds[claim.kind].backoff(claim.attempt)
-        return Outcome(JobState.SCHEDULED, error=shown, failure=failure, delay=delay)
+        if attempt.reason is not None:
+            return _interrupted(attempt.reason, claim)
+        if isinstance(error, JOB_ERRORS):
+            return Outcome(JobState.FAILED, error=error)
+        log.error("a handler failed", exc_info=error)
+        return Outcome(JobState.FAILED, error=HandlerFailed(_message(error)), raised=error)
 
     async def _handle(self, claim: Claim, context: Context) -> Any:
         """The handler's result as JSON values."""
@@ -153,46 +166,133 @@ class Runner:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in ("input", *first["loc"]))
             raise InputRefused(f"{where}: {first['msg']}.") from None
-        result = kind.result.dump_python(await kind.handler(context, value), mode="json", warnings="error")
-        encoded = json.dumps(result, allow_nan=False)
-        if len(encoded) > self._parts.settings.max_result:
+        try:
+            returned = await kind.handler(context, value)
+        except (SystemExit, KeyboardInterrupt) as error:
+            # Either would end the process, and with it every other job that runs here.
+            raise HandlerFailed(_message(error)) from error
+        try:
+            if returned is None:
+                # The serializer below lets None pass for anything.
+                kind.result.validate_python(None)
+            result = kind.result.dump_python(returned, mode="json", warnings="error")
+            size = len(json.dumps(result, allow_nan=False))
+        except Exception as error:
+            raise HandlerFailed(f"The result is not what the kind declares, or not JSON: {_message(error)}") from error
+        if size > self._parts.settings.max_result:
             raise Fatal(
-                f"The result has {len(encoded):,} bytes, over the limit of {self._parts.settings.max_result:,}; "
+                f"The result has {size:,} bytes, over the limit of {self._parts.settings.max_result:,}; "
                 "write large results to an artifact."
             )
-        if "\\u0000" in encoded:
-            raise Fatal("The result holds the character NUL, which cannot be kept.")
         return result
 
-    async def _finish(self, ending: Ending) -> None:
-        """Write the ending, also over an outage of the database: until it is there, or someone else has the job."""
-        wait = 0.2
-        while True:
-            try:
-                await self._parts.lifecycle.finish(ending)
-            except OUTAGES as error:
-                log.warning("the ending was not written; trying again", error=repr(error), wait=wait)
-                await asyncio.sleep(wait)
-                wait = min(wait * 2, 2.0)
+    async def _end(
+        self,
+        claim: Claim,
+        attempt: Attempt,
+        outcome: Outcome | None,
+        progress: Mapping[str, Any] | None,
+        artifacts: Sequence[Artifact],
+    ) -> None:
+        """Write the outcome. Artifacts are kept of a success and of a Fatal; other endings leave none.
+
+        A failure becomes another attempt if the error permits it and one is left.
+        """
+        if outcome is None:
+            await self._delete(artifacts)
+            if attempt.reason == "drained":
+                await _insist(lambda: self._parts.lifecycle.release(claim))
+                log.info("a job was given back")
             else:
-                log.info("a job ended", state=ending.state.value, error=ending.error and ending.error.slug)
-                return
+                log.warning("an attempt was stopped: its lease was lost")
+            return
+        error = failure = delay = None
+        if outcome.error is not None:
+            error = {"type": outcome.error.slug, "message": kept(_text(outcome.error))}
+            failure = {**error, **_trace(outcome.raised)}
+            delay = self._delay(claim, outcome.error)
+        keep = outcome.state == JobState.SUCCEEDED or isinstance(outcome.error, Fatal)
+        ending = Ending(
+            claim,
+            outcome.state if delay is None else JobState.SCHEDULED,
+            result=outcome.result,
+            error=error,
+            failure=failure,
+            delay=delay,
+            progress=progress,
+            artifacts=artifacts if keep else (),
+        )
+        try:
+            await _insist(lambda: self._parts.lifecycle.finish(ending))
+        except REFUSALS as refusal:
+            log.warning("Postgres refuses the result", error=repr(refusal))
+            detail = getattr(refusal, "detail", None) or ""
+            error = HandlerFailed(kept(f"Postgres cannot keep the result: {refusal}. {detail}")).as_json()
+            keep, ending = False, Ending(claim, JobState.FAILED, error=error, failure=error, progress=progress)
+            await _insist(lambda: self._parts.lifecycle.finish(ending))
+        log.info("an attempt ended", state=ending.state.value, error=error and error["type"])
+        if not keep:
+            await self._delete(artifacts)
 
-    async def _give_up(self, claim: Claim, attempt: Attempt, context: Context) -> None:
-        """Leave nothing of an attempt that does not count; give the job back if it is still ours."""
-        await self._parts.files.delete([artifact.key for artifact in context.artifacts])
-        if attempt.reason == "drained":
-            await self._parts.lifecycle.release(claim)
-            log.info("a job was given back")
-        else:
-            log.warning("an attempt was stopped: its lease was lost")
+    def _delay(self, claim: Claim, error: JobError) -> float | None:
+        """Seconds until the next attempt; None if there is to be none."""
+        if isinstance(error, Fatal | InputRefused) or claim.attempt >= claim.max_attempts:
+            return None
+        return error.after if isinstance(error, Retry) else self._kinds[claim.kind].backoff(claim.attempt)
+
+    async def _delete(self, artifacts: Sequence[Artifact]) -> None:
+        try:
+            await self._parts.files.delete([artifact.key for artifact in artifacts])
+        except Exception:
+            log.exception("artifacts that nobody will see were not deleted")
 
 
-async def _await_end(task: "asyncio.Task[Any]") -> None:
-    """Wait until a handler that was interrupted has cleaned up; one that ignores it is left behind."""
-    if not (await asyncio.wait({task}, timeout=GRACE))[0]:
-        log.error("a handler does not end though it was cancelled; it is left behind")
+async def _insist(write: Callable[[], Awaitable[None]]) -> None:
+    """Write, also over an outage of the database: until it is there, or someone else has the job."""
+    wait = 0.2
+    while True:
+        try:
+            return await write()
+        except OUTAGES as error:
+            log.warning("the ending was not written; trying again", error=repr(error), wait=wait)
+        await asyncio.sleep(wait)
+        wait = min(wait * 2, 2.0)
+
+
+def _interrupted(reason: str | None, claim: Claim) -> Outcome | None:
+    if reason == "cancelled":
+        return Outcome(JobState.CANCELLED)
+    if reason == "timed-out":
+        return Outcome(
+            JobState.FAILED, error=TimedOut(f"The attempt ran longer than its timeout, {claim.timeout:g} s.")
+        )
+    return None
+
+
+def _innermost(error: BaseException | None) -> BaseException | None:
+    """What one task of a TaskGroup raised, out of the group that it is wrapped in."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def _trace(raised: BaseException | None) -> dict[str, str]:
+    """What a handler's author wants to know of an exception."""
+    if raised is None:
+        return {}
+    lines = "".join(traceback.format_exception(raised))[-TRACEBACK:]
+    return {
+        "class": f"{type(raised).__module__}.{type(raised).__qualname__}",
+        "traceback": lines.replace("\0", "").encode(errors="replace").decode(),
+    }
 
 
 def _message(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".replace("\0", "")[:MESSAGE]
+    return f"{type(error).__name__}: {_text(error)}"
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"(its message cannot be shown: {type(failure).__name__})"

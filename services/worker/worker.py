@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -28,6 +27,8 @@ RESCUED_AT_ONCE = 100
 # A delay is met to within this and a statement's time.
 PROMOTE_EVERY = 0.05
 PROMOTED_AT_ONCE = 500
+# How long the endings of a drain may take to be written before what is left is left to a rescue.
+END_WITHIN = 15.0
 
 log = structlog.get_logger(__name__)
 
@@ -74,7 +75,7 @@ class HeadwayWorker(Worker):
         self._keeper = keeper
         self._claiming = asyncio.Lock()
         self._freed = asyncio.Event()
-        self._freed_for_scan = asyncio.Event()
+        self._hinted = False
         self._rescue_at = self._count_at = 0.0
         metrics.slots.set(slots)
 
@@ -90,7 +91,8 @@ class HeadwayWorker(Worker):
             return
         async with asyncio.TaskGroup() as loops:
             loops.create_task(self._listen())
-            loops.create_task(self._scan())
+            loops.create_task(self._find())
+            loops.create_task(self._look_after())
             loops.create_task(self._promote())
 
     async def start_jobs(self, job_ids: Sequence[bytes]) -> None:
@@ -99,45 +101,63 @@ class HeadwayWorker(Worker):
 
     async def drain(self, wait: float) -> None:
         """Take no more jobs; let those under way finish for `wait` seconds, then give back the rest."""
-        self.allow_pick_jobs = False
+        async with self._claiming:
+            self.allow_pick_jobs = False
         if self.tasks:
             log.info("draining", jobs=len(self.tasks), wait=wait)
             await asyncio.wait(self.tasks.values(), timeout=wait)
-        self._runner.interrupt_all("drained")
-        if self.tasks:
-            await asyncio.wait(self.tasks.values())
+        self._runner.drain()
+        if left := list(self.tasks.values()):
+            _, left_over = await asyncio.wait(left, timeout=END_WITHIN)
+            for task in left_over:
+                log.error("a job could not be given back in time; it will be rescued")
+                task.cancel()
+            await asyncio.gather(*left_over, return_exceptions=True)
         if self.main_task is not None:
             self.main_task.cancel()
 
     async def _listen(self) -> None:
         """Take ids from Redis as they come, as many as slots are free."""
         while True:
-            if not self.free:
-                self._freed.clear()
-                await self._freed.wait()
-                continue
+            await self._slot()
             try:
                 ids = await self._queue.take(self.free, wait=1)
             except (RedisError, OSError) as error:
+                self._hinted = False
                 log.warning("no wake-ups from Redis; Postgres is scanned", error=repr(error))
                 await asyncio.sleep(1)
                 continue
+            self._hinted = bool(ids)
             try:
                 await self._claim(ids)
             except OUTAGES as error:
                 log.warning("jobs were not claimed; a scan finds them", error=repr(error))
 
-    async def _scan(self) -> None:
-        """See in Postgres to whatever Redis did not bring, and to workers that died."""
-        behind = False
+    async def _find(self) -> None:
+        """Find in Postgres what Redis did not bring: twice a second, or at every free slot while Redis is silent."""
+        more = False
         while True:
-            await self._until_next_scan(behind)
+            if more and not self._hinted:
+                await self._slot()
+            else:
+                await asyncio.sleep(SCAN_EVERY)
             try:
                 if free := self.free:
-                    behind = await self._claim(await self._store.ready(self._kinds, free)) == free
-                if self.tasks:
-                    for job_id in await self._store.cancel_requested(self.name):
-                        self._runner.interrupt(job_id, "cancelled")
+                    ready = await self._store.ready(self._kinds, free)
+                    more = len(ready) == free
+                    await self._claim(ready)
+            except OUTAGES as error:
+                more = False
+                log.warning("a scan failed; the next one follows", error=repr(error))
+
+    async def _look_after(self) -> None:
+        """See to jobs that are to be cancelled, to workers that died, and to the metrics."""
+        while True:
+            await asyncio.sleep(SCAN_EVERY)
+            try:
+                if running := self._runner.running:
+                    for job_id, token in await self._store.cancel_requested(running):
+                        self._runner.cancel(job_id, token)
                 if time.monotonic() >= self._rescue_at:
                     await self._lifecycle.rescue(RESCUED_AT_ONCE)
                     self._rescue_at = time.monotonic() + RESCUE_EVERY
@@ -145,18 +165,7 @@ class HeadwayWorker(Worker):
                     await self._count()
                     self._count_at = time.monotonic() + COUNT_EVERY
             except OUTAGES as error:
-                behind = False
-                log.warning("a scan failed; the next one follows", error=repr(error))
-
-    async def _until_next_scan(self, behind: bool) -> None:
-        """A moment; or, if the last scan found as many jobs as there were slots, until a slot is free."""
-        if not behind:
-            await asyncio.sleep(SCAN_EVERY)
-        elif not self.free:
-            self._freed_for_scan.clear()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(SCAN_EVERY):
-                    await self._freed_for_scan.wait()
+                log.warning("a look at the jobs failed; the next one follows", error=repr(error))
 
     async def _promote(self) -> None:
         """Queue scheduled jobs as they become due, on the database's clock."""
@@ -168,33 +177,40 @@ class HeadwayWorker(Worker):
                 log.warning("scheduled jobs were not queued; the next look follows", error=repr(error))
             await asyncio.sleep(PROMOTE_EVERY)
 
-    async def _claim(self, ids: Sequence[UUID]) -> int:
-        """Start what can be claimed of `ids`; how many jobs that were."""
+    async def _slot(self) -> None:
+        """Wait for a free slot."""
+        while not self.free:
+            self._freed.clear()
+            await self._freed.wait()
+
+    async def _claim(self, ids: Sequence[UUID]) -> None:
         async with self._claiming:
             taken, left = ids[: self.free], ids[self.free :]
             for job_id in left:
                 self._queue.wake(job_id, 0)
             if not taken:
-                return 0
+                return
             sent_at = time.monotonic()
-            claims = await self._lifecycle.claim(taken, self._kinds, self.name)
-            for claim in claims:
+            for claim in await self._lifecycle.claim(taken, self._kinds, self.name):
                 self._keeper.hold(claim, sent_at)
                 task = asyncio.create_task(self._runner.run(claim))
-                self.tasks[str(claim.job_id)] = task
+                self.tasks[_key(claim)] = task
                 task.add_done_callback(partial(self._ended, claim))
             metrics.slots_busy.set(len(self.tasks))
-            return len(claims)
 
     def _ended(self, claim: Claim, _: asyncio.Task[None]) -> None:
-        self._keeper.drop(claim.job_id)
-        del self.tasks[str(claim.job_id)]
+        self._keeper.drop(claim)
+        del self.tasks[_key(claim)]
         metrics.slots_busy.set(len(self.tasks))
         self._freed.set()
-        self._freed_for_scan.set()
 
     async def _count(self) -> None:
         counts, oldest = await self._store.open_jobs()
         for state in ("scheduled", "queued", "running"):
             metrics.jobs_open.labels(state).set(counts.get(state, 0))
         metrics.oldest_ready_age.set(oldest)
+
+
+def _key(claim: Claim) -> str:
+    """arq's name of a task. A job may run here twice at a time, while an attempt that lost its lease cleans up."""
+    return f"{claim.job_id}:{claim.token}"

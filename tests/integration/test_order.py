@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from headway.settings import Settings
-from tests.conftest import Service, Tenant, make_tenant, run, until, web, worker
+from tests.conftest import Service, Tenant, make_tenant, until, web, worker
 from tests.integration import engine_kinds
 
 

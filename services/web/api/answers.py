@@ -1,15 +1,20 @@
 """Answers: JSON, and errors as problem+json."""
 
 import json
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import structlog
+from django.core.exceptions import SuspiciousOperation
 from django.http import HttpRequest, HttpResponse
-from ninja.errors import AuthenticationError, HttpError, ValidationError
+from ninja.errors import HttpError, ValidationError
 
 from headway.errors import BadRequest, Internal, InvalidRequest, Problem, Unauthenticated, Unavailable
 from headway.store import OUTAGES
-from services.web.api.auth import REFUSAL
+from services.web.api.bodies import Disconnected
+
+# Shown in the log and the metrics only: there is nobody to answer.
+CLIENT_LEFT = 499
 
 log = structlog.get_logger(__name__)
 
@@ -18,6 +23,19 @@ def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None)
     """`value` as JSON; bytes are JSON already."""
     body = value if isinstance(value, bytes) else json.dumps(value, separators=(",", ":")).encode()
     return HttpResponse(body, content_type="application/json", status=status, headers=headers)
+
+
+def not_modified(headers: Mapping[str, str]) -> HttpResponse:
+    """304: what the client has is still right."""
+    response = HttpResponse(status=304, headers=dict(headers))
+    del response.headers["Content-Type"]
+    return response
+
+
+async def nothing() -> AsyncIterator[bytes]:
+    """The content of a streamed answer that has none."""
+    return
+    yield b""
 
 
 def refuse(problem: Problem) -> HttpResponse:
@@ -37,14 +55,14 @@ def problem(error: Exception) -> Problem:
     """What an exception is to the client. What is not the client's doing is logged here."""
     if isinstance(error, Problem):
         return error
-    if isinstance(error, AuthenticationError):
-        return Unauthenticated(REFUSAL)
     if isinstance(error, ValidationError):
         errors = [{"field": _field(item["loc"]), "message": item["msg"]} for item in error.errors]
         return InvalidRequest(f"{errors[0]['field']}: {errors[0]['message']}.", errors=errors)
     if isinstance(error, HttpError):
         # What our parser raised, django-ninja wraps.
         return error.__context__ if isinstance(error.__context__, Problem) else BadRequest(str(error))
+    if isinstance(error, SuspiciousOperation):
+        return BadRequest(f"The request is refused: {error}.")
     if isinstance(error, OUTAGES):
         log.warning("the database is not available", error=repr(error))
         return Unavailable("The database cannot be reached; nothing was changed. Try again in a moment.")
@@ -53,10 +71,10 @@ def problem(error: Exception) -> Problem:
 
 
 def on_exception(request: HttpRequest, error: Exception) -> HttpResponse:
-    """django-ninja's hook."""
-    return refuse(problem(error))
+    """The answer to a request that raised; django-ninja's hook too."""
+    return HttpResponse(status=CLIENT_LEFT) if isinstance(error, Disconnected) else refuse(problem(error))
 
 
 def _field(loc: tuple[Any, ...]) -> str:
     """`("body", "job", "kind")` as `kind`: where the field stands, without the name of our parameter."""
-    return ".".join(str(part) for part in loc[2:] or loc[1:] or loc)
+    return ".".join(str(part) for part in (loc[2:] if loc[0] == "body" else loc[1:])) or str(loc[0])

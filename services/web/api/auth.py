@@ -4,10 +4,8 @@ import hmac
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from hashlib import sha256
 from uuid import UUID
-
-from django.http import HttpRequest
-from ninja.security import HttpBearer
 
 from headway import keys
 from headway.errors import Unauthenticated
@@ -29,35 +27,37 @@ class Principal:
 
 
 class Keyring:
-    """Checks keys against the store and remembers the answer for a few seconds."""
+    """Checks keys against the store and remembers those that hold for a few seconds."""
 
     def __init__(self, store: Store, pepper: str) -> None:
         self._store = store
         self._pepper = pepper
-        self._known: OrderedDict[str, tuple[float, UUID, bytes]] = OrderedDict()
+        # By the hash of the key: what is remembered must not be worth stealing.
+        self._known: OrderedDict[bytes, tuple[float, Principal]] = OrderedDict()
 
     async def authenticate(self, text: str) -> Principal:
         """The principal of a key. Raises Unauthenticated, with one message for every reason."""
+        name = sha256(text.encode()).digest()
+        known = self._known.get(name)
+        if known is not None and time.monotonic() < known[0]:
+            return known[1]
+        self._known.pop(name, None)
+        asked = time.monotonic()
+        principal = await self._look_up(text)
+        self._known[name] = (asked + REMEMBERED, principal)
+        if len(self._known) > MOST_REMEMBERED:
+            self._known.popitem(last=False)
+        return principal
+
+    async def _look_up(self, text: str) -> Principal:
         key = keys.parse(text)
-        if key is None:
+        row = await self._store.get_key(key.id) if key else None
+        if key is None or row is None or not hmac.compare_digest(row[1], key.digest(self._pepper)):
             raise Unauthenticated(REFUSAL)
-        known = self._known.get(key.id)
-        if known is None or known[0] < time.monotonic():
-            row = await self._store.get_key(key.id)
-            if row is None:
-                self._known.pop(key.id, None)
-                raise Unauthenticated(REFUSAL)
-            known = (time.monotonic() + REMEMBERED, *row)
-            self._known[key.id] = known
-            if len(self._known) > MOST_REMEMBERED:
-                self._known.popitem(last=False)
-        if not hmac.compare_digest(known[2], key.digest(self._pepper)):
-            raise Unauthenticated(REFUSAL)
-        return Principal(known[1], key.id)
+        return Principal(row[0], key.id)
 
 
-class Bearer(HttpBearer):
-    """django-ninja's hook: sets `request.auth` to the Principal."""
-
-    async def authenticate(self, request: HttpRequest, token: str) -> Principal:
-        return await request.app.keyring.authenticate(token)  # type: ignore[attr-defined,no-any-return]
+def bearer(header: str) -> str:
+    """The token of an `Authorization: Bearer TOKEN` header; empty if it is something else."""
+    scheme, _, token = header.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""

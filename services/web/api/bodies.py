@@ -1,16 +1,16 @@
 """Request bodies: strict JSON, size limits, streams."""
 
+import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any, NoReturn
-
-from django.http import HttpRequest
-from ninja.parser import Parser
 
 from headway.errors import BadRequest, TooLarge
 
 DEEPEST = 64
+TOO_DEEP = f"The body is nested past {DEEPEST} levels."
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -29,61 +29,68 @@ class Body:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Every chunk once. Raises Disconnected if the client goes away first."""
-        more = not self.read
-        while more:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise Disconnected
-            more = message.get("more_body", False)
-            self.read = not more
-            if chunk := message.get("body", b""):
+        while not self.read:
+            if chunk := await self._next():
                 yield chunk
+
+    async def _next(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        self.read = not message.get("more_body", False)
+        return message.get("body", b"")  # type: ignore[no-any-return]
+
+    async def discard(self, wait: float) -> None:
+        """Read what is still to come and drop it, for `wait` seconds at most."""
+        with suppress(TimeoutError, Disconnected):
+            async with asyncio.timeout(wait):
+                async for _ in self.chunks():
+                    pass
 
     async def whole(self, limit: int) -> bytes:
         """All of it in memory. Raises TooLarge past `limit` bytes."""
-        refusal = f"The body is over the limit of {limit:,} bytes; send large data through POST /api/v1/files."
-        if self.length is not None and self.length > limit:
-            raise TooLarge(refusal)
         held = bytearray()
-        async for chunk in self.chunks():
-            held += chunk
-            if len(held) > limit:
-                raise TooLarge(refusal)
+        while not self.read and (self.length or 0) <= limit and len(held) <= limit:
+            held += await self._next()
+        if (self.length or 0) > limit or len(held) > limit:
+            raise TooLarge(
+                f"The body is over the limit of {limit:,} bytes; send large data through POST /api/v1/files."
+            )
         return bytes(held)
 
 
-class StrictParser(Parser):
-    """JSON as RFC 8259 has it, and such that Postgres can keep it."""
-
-    def parse_body(self, request: HttpRequest) -> Any:
-        return parse(request.body)
-
-
 def parse(body: bytes) -> Any:
-    """Raises BadRequest for broken JSON, NaN, repeated names, NUL, lone surrogates and nesting past 64 levels."""
+    """JSON as RFC 8259 has it, and such that Postgres can keep it.
+
+    Raises BadRequest for broken JSON, NaN, repeated names, NUL, lone surrogates and nesting past 64 levels.
+    """
     try:
-        value = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise BadRequest(f"The body is not JSON: {reason}.") from None
+        value = json.loads(body.decode(), parse_constant=_no_constant, object_pairs_hook=_unique)
+    except RecursionError:
+        raise BadRequest(TOO_DEEP) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadRequest(f"The body is not JSON: {error}.") from None
+    except ValueError:
+        # What is left is Python's limit on the digits of an integer.
+        raise BadRequest("A number has too many digits.") from None
     _check(value, DEEPEST)
     return value
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number of JSON")
+    raise BadRequest(f"The body is not JSON: {name} is not a number of JSON.")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice in an object")
+        raise BadRequest("A name stands twice in an object; what was meant cannot be told.")
     return found
 
 
 def _check(value: Any, depth: int) -> None:
     if depth == 0:
-        raise BadRequest(f"The body is nested past {DEEPEST} levels.")
+        raise BadRequest(TOO_DEEP)
     if isinstance(value, str):
         if "\0" in value:
             raise BadRequest("A string holds the character NUL, which cannot be kept; leave it out.")

@@ -25,7 +25,7 @@ class Named(Schema):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str = Field(default="file", min_length=1, max_length=255, pattern=r"^[^\x00-\x1f/\\]+$")
+    name: str = Field(default="file", min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f-\x9f/\\]+$")
 
 
 @router.post(
@@ -61,6 +61,7 @@ async def upload(request: ApiRequest, named: Query[Named]) -> HttpResponse:
 @router.get("/{uuid:file_id}", summary="One file")
 async def get_file(request: ApiRequest, file_id: UUID) -> HttpResponse:
     """Name, type, size and SHA-256 of an uploaded file."""
+    request.only()
     file = await request.app.store.get_file(file_id, request.auth.tenant_id)
     if file is None:
         raise NotFound(f"There is no file {file_id}.")

@@ -2,7 +2,6 @@
 
 import base64
 import re
-from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -16,13 +15,16 @@ from headway.errors import BadRequest, NotFound
 from headway.job import Artifact, Job, Priority, timestamp
 from headway.lifecycle import NewJob
 from headway.states import JobState
-from services.web.api.answers import answer
+from services.web.api.answers import answer, not_modified, nothing
 from services.web.api.request import ApiRequest
 
 LONGEST = 7 * 86400.0
 FARTHEST = 400 * 86400.0
+# A client's clock may be this far off before its run_at counts as past.
+CLOCKS = 60.0
 KEY = re.compile(r"[!-~]{1,255}")
-RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+# One range; a header that is anything else is passed over, as RFC 9110 permits, and the whole is sent.
+RANGE = re.compile(r"bytes=(?:(?P<start>\d{1,18})-(?P<end>\d{1,18})?|-(?P<last>\d{1,18}))", re.ASCII)
 
 router = Router(tags=["jobs"])
 
@@ -32,7 +34,7 @@ Tag = Annotated[str, Field(min_length=1, max_length=100)]
 class Submission(Schema):
     """A job to be run."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     kind: str = Field(max_length=200, description="One of `GET /kinds`.", examples=["csv.import"])
     input: Any = Field(description="What the kind works on; its input_schema says what fits.")
@@ -40,18 +42,13 @@ class Submission(Schema):
     priority: Literal["high", "normal", "low"] = Field(
         default="normal", description="Which of the tenant's jobs go first; low ones wait longer, but not for ever."
     )
-    run_at: AwareDatetime | None = Field(
-        default=None, description="When to run it, with a time zone; at once if left out."
-    )
+    run_at: AwareDatetime | None = Field(default=None, description="When to run it, with a time zone; now if left out.")
     delay: float | None = Field(default=None, ge=0, le=FARTHEST, description="Seconds to wait, instead of run_at.")
     timeout: float | None = Field(
         default=None, gt=0, le=LONGEST, description="Seconds an attempt may run; the kind's own if left out."
     )
     max_attempts: int | None = Field(
-        default=None,
-        ge=1,
-        le=100,
-        description="Attempts it may take; the kind's own number if left out.",
+        default=None, ge=1, le=100, description="Attempts it may take; the kind's own number if left out."
     )
 
     @model_validator(mode="after")
@@ -60,7 +57,7 @@ class Submission(Schema):
             if self.delay is not None:
                 raise ValueError("send run_at or delay, not both")
             ahead = (self.run_at - datetime.now(UTC)).total_seconds()
-            if not -60 <= ahead <= FARTHEST:
+            if not -CLOCKS <= ahead <= FARTHEST:
                 raise ValueError("run_at must lie ahead, by at most 400 days; leave it out to run the job at once")
         return self
 
@@ -80,6 +77,7 @@ class Filter(Schema):
 @router.post("", summary="Submit a job", openapi_extra={"responses": {202: {"description": "Accepted and committed"}}})
 async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
     """Answers 202 once the job is committed; `Location` is where to follow it."""
+    request.only()
     app, tenant_id = request.app, request.auth.tenant_id
     entry = await app.catalog.check(job.kind, job.input)
     accepted, created = await app.lifecycle.submit(
@@ -125,14 +123,15 @@ async def get_job(request: ApiRequest, job_id: UUID) -> HttpResponse:
     """The job as it is now. `ETag` changes with every event; with `If-None-Match` the answer may be 304."""
     job = await _job(request, job_id)
     etag = f'"{job.epoch}-{job.seq}"'
-    if etag in request.headers.get("If-None-Match", ""):
-        return HttpResponse(status=304, headers={"ETag": etag})
+    if _known(request, etag):
+        return not_modified({"ETag": etag})
     return answer(job.as_json(), headers={"ETag": etag})
 
 
 @router.post("/{uuid:job_id}/cancel", summary="Cancel a job")
 async def cancel(request: ApiRequest, job_id: UUID) -> HttpResponse:
     """202 while a running job is being stopped; 200 with the job as it ended if it is over."""
+    request.only()
     job = await request.app.lifecycle.cancel(job_id, request.auth.tenant_id)
     return answer(job.as_json(), 200 if job.state.terminal else 202)
 
@@ -140,6 +139,7 @@ async def cancel(request: ApiRequest, job_id: UUID) -> HttpResponse:
 @router.get("/{uuid:job_id}/failures", summary="Why attempts of a job failed")
 async def list_failures(request: ApiRequest, job_id: UUID) -> HttpResponse:
     """One for each attempt that failed, oldest first: type, message, and for exceptions class and traceback."""
+    request.only()
     await _job(request, job_id)
     return answer({"failures": await request.app.store.failures(job_id, request.auth.tenant_id)})
 
@@ -152,7 +152,7 @@ async def list_artifacts(request: ApiRequest, job_id: UUID) -> HttpResponse:
 
 @router.get("/{uuid:job_id}/artifacts/{name}", summary="Download an artifact")
 async def download(request: ApiRequest, job_id: UUID, name: str) -> HttpResponse | StreamingHttpResponse:
-    """The bytes, streamed. `Range: bytes=a-b` answers 206; `ETag` is the SHA-256."""
+    """The bytes, streamed. One range, `Range: bytes=a-b`, answers 206; `ETag` is the SHA-256."""
     for artifact in await _artifacts(request, job_id):
         if artifact.name == name:
             return _send(request, artifact)
@@ -167,39 +167,36 @@ def _send(request: ApiRequest, artifact: Artifact) -> HttpResponse | StreamingHt
         "Content-Disposition": f"attachment; filename*=UTF-8''{quote(artifact.name)}",
         "X-Content-Type-Options": "nosniff",
     }
-    if etag in request.headers.get("If-None-Match", ""):
-        return HttpResponse(status=304, headers=headers)
+    if _known(request, etag):
+        return not_modified(headers)
     status, start, end = 200, 0, artifact.size
-    if asked := request.headers.get("Range"):
-        span = _span(asked, artifact.size)
-        if span is None:
+    asked = RANGE.fullmatch(request.headers.get("Range", ""))
+    if asked and request.headers.get("If-Range", etag) == etag:
+        start, end = _span(asked, artifact.size)
+        if start >= end:
             return HttpResponse(status=416, headers={"Content-Range": f"bytes */{artifact.size}"})
-        status, (start, end) = 206, span
+        status = 206
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{artifact.size}"
     headers["Content-Length"] = str(end - start)
-    files = request.app.files
-    content = files.read(artifact.key, start, end) if end > start else _nothing()
+    content = request.app.files.read(artifact.key, start, end) if end > start else nothing()
     return StreamingHttpResponse(content, status=status, content_type=artifact.content_type, headers=headers)
 
 
-async def _nothing() -> AsyncIterator[bytes]:
-    return
-    yield b""
+def _known(request: ApiRequest, etag: str) -> bool:
+    """Whether the client says that it has this version."""
+    given = request.headers.get("If-None-Match", "")
+    return etag in given or given.strip() == "*"
 
 
-def _span(asked: str, size: int) -> tuple[int, int] | None:
-    """The half-open span that one `Range` asks for; None if it cannot be met. Several ranges get the first."""
-    match = RANGE.match(asked)
-    if match is None or match[0] == "bytes=-":
-        return None
-    if not match[1]:
-        start, end = max(0, size - int(match[2])), size
-    else:
-        start, end = int(match[1]), min(size, int(match[2]) + 1) if match[2] else size
-    return (start, end) if start < end else None
+def _span(asked: re.Match[str], size: int) -> tuple[int, int]:
+    """The half-open span that one range asks for; an empty one cannot be met."""
+    if asked["last"]:
+        return max(0, size - int(asked["last"])), size
+    return int(asked["start"]), min(size, int(asked["end"]) + 1) if asked["end"] else size
 
 
 async def _job(request: ApiRequest, job_id: UUID) -> Job:
+    request.only()
     job = await request.app.store.get(job_id, request.auth.tenant_id)
     if job is None:
         raise NotFound(f"There is no job {job_id}.")

@@ -12,10 +12,12 @@ router = Router(tags=["kinds"])
 @router.get("", summary="All kinds")
 async def list_kinds(request: ApiRequest) -> HttpResponse:
     """Name, description, timeout in seconds, and the JSON Schemas of input and result of each kind."""
+    request.only()
     return answer(await request.app.catalog.encoded())
 
 
 @router.get("/{name}", summary="One kind")
 async def get_kind(request: ApiRequest, name: str) -> HttpResponse:
     """The same for one kind."""
+    request.only()
     return answer((await request.app.catalog.get(name)).encoded)

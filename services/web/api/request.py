@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from django.core.handlers.asgi import ASGIRequest
 from pydantic import BaseModel
 
-from headway.errors import InvalidRequest
+from headway.errors import BadRequest, InvalidRequest
 from services.web.api.auth import Principal
 from services.web.api.bodies import Body, Receive
 
@@ -19,17 +19,33 @@ class ApiRequest(ASGIRequest):
     auth: Principal
 
     def __init__(self, scope: Any, receive: Receive) -> None:
-        super().__init__(scope, None)  # type: ignore[arg-type]  # the body is read elsewhere
+        try:
+            super().__init__(scope, None)  # type: ignore[arg-type]  # the body is read elsewhere
+            self.readable = True
+        except UnicodeDecodeError:
+            super().__init__({**scope, "query_string": b""}, None)  # type: ignore[arg-type]
+            self.readable = False
         self.app: App = scope["headway"]
         given = self.META.get("CONTENT_LENGTH", "")
-        self.incoming = Body(receive, int(given) if given.isdecimal() else None)
+        self.incoming = Body(receive, int(given) if given.isdecimal() and len(given) < 20 else None)
 
-    def only(self, model: type[BaseModel]) -> None:
-        """Raises InvalidRequest if the query has a name that `model` does not know; django-ninja passes those over."""
-        if unknown := sorted(self.GET.keys() - model.model_fields.keys()):
+    def only(self, model: type[BaseModel] | None = None) -> None:
+        """Refuse a query that `model` does not describe; without a model, any. django-ninja passes unknown names over.
+
+        Raises InvalidRequest for an unknown name, BadRequest for text that cannot be looked for.
+        """
+        if not self.META["QUERY_STRING"]:
+            return
+        known = model.model_fields if model else {}
+        if unknown := sorted(self.GET.keys() - known):
             errors = [{"field": name[:100], "message": "There is no such parameter."} for name in unknown[:20]]
-            raise InvalidRequest(f"Unknown parameter; there are: {', '.join(model.model_fields)}.", errors=errors)
+            there = f"there are: {', '.join(known)}" if known else "there are none here"
+            raise InvalidRequest(f"Unknown parameter; {there}.", errors=errors)
+        if any("\0" in value for values in self.GET.lists() for value in values[1]):
+            raise BadRequest("A parameter holds the character NUL, which nothing has; leave it out.")
 
     async def load(self) -> None:
         """Read the body into memory, where django-ninja looks for it. Raises TooLarge or Disconnected."""
+        if not self.readable:
+            raise BadRequest("The query string is not UTF-8; percent-encode it.")
         self._body = await self.incoming.whole(self.app.settings.max_body)

@@ -14,19 +14,25 @@ from headway import events, metrics
 from headway.errors import Unauthenticated
 from headway.job import Job
 from headway.store import OUTAGES
-from services.web.api.auth import Principal
+from services.web.api.auth import Principal, bearer
 from services.web.app import App
 from services.web.live.hub import Follower
 
 # A follower that heard nothing this long looks at Postgres: nothing that was lost stays lost.
 QUIET = 2.0
 MOST_EVENTS = 1000
+# Seconds that a frame may wait for a client that does not read.
+PATIENCE = 10.0
 
 UNAUTHORISED = 4501
 NO_SUCH_JOB = 4506
 TRY_AGAIN = 1013
 
 log = structlog.get_logger(__name__)
+
+
+class Stalled(Exception):
+    """The client does not read what it is sent."""
 
 
 class JobConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
@@ -56,11 +62,14 @@ class JobConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         job_id: UUID = self.scope["url_route"]["kwargs"]["job_id"]
         with structlog.contextvars.bound_contextvars(job_id=str(job_id)):
             try:
-                principal = await app.keyring.authenticate(_bearer(self.scope["headers"]))
+                principal = await app.keyring.authenticate(_token(self.scope["headers"]))
                 async with app.hub.follow(job_id) as follower:
                     await Following(app, principal, job_id, follower, self).run()
             except Unauthenticated as error:
                 await self.close(UNAUTHORISED, str(error)[:120])
+            except Stalled:
+                # A close frame would wait in the same line; the server drops the peer when it answers no ping.
+                log.warning("a client does not read; nothing more is sent to it")
             except OUTAGES as error:
                 log.warning("a socket was closed: the database is not available", error=repr(error))
                 await self.close(TRY_AGAIN, "The database cannot be reached; connect again in a moment.")
@@ -133,12 +142,15 @@ class Following:
 
         What else is missing there is progress that a later one has overtaken.
         """
-        for event in await self._app.store.events(
-            self._job_id, self._tenant_id, after=self._seq_held, limit=MOST_EVENTS
-        ):
-            if event.seq < before and await self._forward(events.message(event)):
-                return True
-        return False
+        while True:
+            missed = await self._app.store.events(
+                self._job_id, self._tenant_id, after=self._seq_held, limit=MOST_EVENTS
+            )
+            for event in missed:
+                if event.seq < before and await self._forward(events.message(event)):
+                    return True
+            if len(missed) < MOST_EVENTS or missed[-1].seq >= before:
+                return False
 
     async def _forward(self, event: dict[str, Any]) -> bool:
         await self._envelope(event["t"], event["seq"], event["d"])
@@ -152,16 +164,15 @@ class Following:
 
     async def _send(self, kind: str, frame: str) -> None:
         metrics.ws_frames.labels(kind).inc()
-        async with asyncio.timeout(10):
-            await self._socket.send(text_data=frame)
+        try:
+            async with asyncio.timeout(PATIENCE):
+                await self._socket.send(text_data=frame)
+        except TimeoutError:
+            raise Stalled from None
 
 
-def _bearer(headers: list[tuple[bytes, bytes]]) -> str:
-    for name, value in headers:
-        if name.lower() == b"authorization":
-            scheme, _, token = value.decode("latin1").partition(" ")
-            return token.strip() if scheme.lower() == "bearer" else ""
-    return ""
+def _token(headers: list[tuple[bytes, bytes]]) -> str:
+    return next((bearer(value.decode("latin1")) for name, value in headers if name.lower() == b"authorization"), "")
 
 
 async def _no_such_path(scope: Any, receive: Any, send: Any) -> None:

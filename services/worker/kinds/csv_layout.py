@@ -33,11 +33,12 @@ csv.field_size_limit(2 * RECORD_LIMIT)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """`titles` are the header's fields; the rows begin at byte `start`, after `lines` lines."""
+    """`titles` are the header's fields, `names` the columns'; the rows begin at byte `start`, after `lines` lines."""
 
     delimiter: str
     line_end: bytes
     titles: tuple[str, ...]
+    names: tuple[str, ...]
     start: int
     lines: int
 
@@ -75,6 +76,7 @@ def read_layout(head: bytes, *, whole: bool) -> Layout:
         delimiter=delimiter,
         line_end=line_end,
         titles=tuple(titles),
+        names=tuple(column_names(titles)),
         start=min(text_start + len(header) + 1, len(head)),
         lines=head[:text_start].count(line_break) + count,
     )

@@ -44,14 +44,15 @@ class RowReader:
         self._not_marks = bytes(set(range(256)) - {*b'"', *self._break})
         self._lines = layout.lines
         self._rest = b""
-        self._waits = False
+        self._enough = 0
         self._pattern: re.Pattern[bytes] | None = None
         self._skipping = _Skipping(self._break)
 
     @property
     def stuck(self) -> bool:
         """Whether there is a line that `match` could not give back."""
-        return not self._waits and (self._break in self._rest or len(self._rest) > RECORD_LIMIT)
+        size = len(self._rest)
+        return size > RECORD_LIMIT or (size >= self._enough and self._break in self._rest)
 
     def match(self, data: bytes) -> bytes:
         """Take `data`; give back the rows that fit the types, as they are."""
@@ -60,7 +61,9 @@ class RowReader:
             data = self._skipping.after(data)
             self._lines -= data.count(self._break)
         self._rest += data
-        self._waits = False
+        if len(self._rest) < self._enough:
+            return b""
+        self._enough = 0
         return self._matched()
 
     def resolve(self) -> bytes:
@@ -78,10 +81,11 @@ class RowReader:
 
     def end(self) -> bytes:
         """Give back the last row, which no line end follows."""
+        given = self._tried(b"")
         before = len(self.rejected)
-        unended = self._rest and not self._rest.endswith(self._break)
-        given = self.match(self._break) + self.resolve() if unended else b""
-        if unended and len(self.rejected) > before:
+        if self._rest and not self._rest.endswith(self._break):
+            given += self._tried(self._break)
+        if len(self.rejected) > before:
             last = self.rejected[-1]
             self.fault = (
                 f"The last row has no line end and cannot be read (line {last.line:,}: {last.reason}): the file is cut "
@@ -93,6 +97,10 @@ class RowReader:
                 "off after it, or the quote is a mistake. Upload the whole file again, or correct the row."
             )
         return given
+
+    def _tried(self, data: bytes) -> bytes:
+        self._enough = 0
+        return self.match(data) + self.resolve()
 
     def _matched(self) -> bytes:
         if self._pattern is None:
@@ -171,13 +179,14 @@ class RowReader:
         return ""
 
     def _wait(self) -> None:
-        """Nothing can be given back before there is more; a row that grows too long is passed over."""
+        """No row is whole before there is more; one that grows too long is passed over."""
         if len(self._rest) > RECORD_LIMIT:
             self._reject(self._lines + 1, "longer than 1 MiB", self._rest[:_SHOWN])
             self._skipping.begin(self._lines + 1, self._rest)
             self._lines += self._rest.count(self._break)
             self._rest = b""
-        self._waits = True
+        # Twice as much before the next try, so that long rows are not read over and over.
+        self._enough = 2 * len(self._rest)
 
     def _reject(self, line: int, reason: str, row: bytes) -> None:
         text = row.decode("utf-8", "backslashreplace").replace("\0", "\\x00")

@@ -36,7 +36,7 @@ class ColumnType(Enum):
 # and not double precision: prices must not lose digits, and what floats print fits numeric too.
 PATTERNS = {
     ColumnType.BOOLEAN: "(?:true|false|True|False|TRUE|FALSE)",
-    # Up to 9e18: `fits` looks at the few numbers between that and the end of the type.
+    # Up to 9e18: `_misfits` looks at the few numbers between that and the end of the type.
     ColumnType.BIGINT: "-?+(?:0|[1-9][0-9]{0,17}+|[1-8][0-9]{18}+)",
     ColumnType.NUMERIC: (
         r"-?+(?:[1-9][0-9]{0,99}+|0|(?=\.))"
@@ -59,25 +59,26 @@ _WIDER = {
 
 def fits(column_type: ColumnType, value: str) -> bool:
     """Whether a column of the type holds the value, which is not empty, without losing anything."""
-    if column_type is ColumnType.TEXT:
-        return True
-    if column_type is ColumnType.EMPTY:
-        return False
-    if _COMPILED[column_type].fullmatch(value):
-        return True
-    return (
-        column_type is ColumnType.BIGINT
-        and _WHOLE_NUMBER.fullmatch(value) is not None
-        and -(2**63) <= int(value) < 2**63
-    )
+    return not _misfits(column_type, [value])
 
 
 def widened(column_type: ColumnType, values: Iterable[str]) -> ColumnType:
     """The narrowest type that holds what a column of the type holds and these values too; empty ones say nothing."""
-    for value in values:
-        if value and not fits(column_type, value):
-            wider = _WIDER.get(column_type, (ColumnType.TEXT,))
-            column_type = next(candidate for candidate in wider if fits(candidate, value))
-        if column_type is ColumnType.TEXT:
-            break
+    misfits = _misfits(column_type, filter(None, values))
+    while misfits:
+        wider = _WIDER.get(column_type, (ColumnType.TEXT,))
+        column_type = next(candidate for candidate in wider if fits(candidate, misfits[0]))
+        misfits = _misfits(column_type, misfits)
     return column_type
+
+
+def _misfits(column_type: ColumnType, values: Iterable[str]) -> list[str]:
+    if column_type is ColumnType.TEXT:
+        return []
+    if column_type is ColumnType.EMPTY:
+        return list(values)
+    matches = _COMPILED[column_type].fullmatch
+    misfits = [value for value in values if not matches(value)]
+    if column_type is ColumnType.BIGINT:
+        return [value for value in misfits if not (_WHOLE_NUMBER.fullmatch(value) and -(2**63) <= int(value) < 2**63)]
+    return misfits

@@ -1,9 +1,7 @@
 """`http.fetch`: many URLs, a few at a time, one line of JSON for each."""
 
 import asyncio
-import codecs
 import hashlib
-import json
 import os
 import re
 import time
@@ -11,7 +9,6 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from math import ceil
 from socket import AF_INET, AddressFamily
@@ -22,6 +19,7 @@ import structlog
 from aiohttp.abc import ResolveResult
 from aiohttp.http_exceptions import ContentEncodingError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import to_json
 from yarl import URL
 
 from headway import JobContext, kind, metrics, settings
@@ -34,12 +32,14 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 TEXT_BYTES = 1 << 20
 BODY_BYTES = 16 << 20
 HEADERS_LENGTH = 16 << 10
-# Not charsets of the web: slow on hostile bytes, or able to make strings that are not Unicode.
-REFUSED_CODECS = frozenset({"idna", "punycode", "raw-unicode-escape", "unicode-escape", "utf-7"})
-
+# Those of the web. Python's other codecs are slow on hostile bytes, run code, or make strings that are not Unicode,
+# and it remembers every unknown name for good.
+CHARSET = re.compile(
+    r"utf-?8|utf-16(le|be)?|(us-)?ascii|latin-?1|iso-8859-([1-9]|1[013-6])|windows-125[0-8]|koi8-[ru]|macintosh|"
+    r"big5|gb2312|gbk|gb18030|euc-jp|euc-kr|iso-2022-jp|shift_jis",
+    re.IGNORECASE | re.ASCII,
+)
 HOST = re.compile(r"[^:]*://([^/?#]*)")
-# ASCII only: no line separator of Unicode and no lone surrogate can break a line. A record has no cycles to look for.
-as_json = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 Url = Annotated[str, Field(max_length=2048, pattern=r"^[Hh][Tt][Tt][Pp][Ss]?://\S+$")]
 Record = dict[str, Any]
@@ -99,7 +99,8 @@ async def fetch(job: JobContext, input: FetchInput) -> FetchResult:
 
     A URL that cannot be fetched is a line with an error, not a failed job.
     """
-    allow = _allowed_networks()
+    # In a thread, for settings may be in files.
+    allow = (await asyncio.to_thread(settings.load)).fetch_allow
     tally = _Tally()
     total = len(input.urls)
     turns = _Turns(input.urls, input.per_host)
@@ -121,21 +122,23 @@ async def fetch(job: JobContext, input: FetchInput) -> FetchResult:
         await job.report(0, total, "fetching", unit="urls", counts=tally.counts)
         workers = [asyncio.create_task(work()) for _ in range(min(input.concurrency, total))]
         try:
-            for done in range(1, total + 1):
-                record = await finished.get()
-                tally.add(record)
-                await out.write(as_json(record).encode() + b"\n")
+            done = 0
+            while done < total:
+                # Wait for one, then take whatever else is there: one report serves them all.
+                records = [await finished.get()]
+                while not finished.empty():
+                    records.append(finished.get_nowait())
+                for record in records:
+                    tally.add(record)
+                    # ASCII only, for some readers take line separators of Unicode for the end of a line.
+                    await out.write(to_json(record, ensure_ascii=True) + b"\n")
+                done += len(records)
                 await job.report(done, total, "fetching", unit="urls", counts=tally.counts)
         finally:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
     return tally.result()
-
-
-@cache
-def _allowed_networks() -> tuple[Network, ...]:
-    return settings.load().fetch_allow
 
 
 def _session(allow: Sequence[Network], concurrency: int, per_host: int) -> aiohttp.ClientSession:
@@ -301,26 +304,23 @@ def _headers(response: aiohttp.ClientResponse) -> dict[str, str]:
     """Lower-case names to values, repeated ones joined by a comma; the first 16 KiB, for the server chooses them."""
     headers: dict[str, str] = {}
     room = HEADERS_LENGTH
-    for name, value in response.raw_headers:
+    for name, value in response.headers.items():
         room -= len(name) + len(value)
         if room < 0:
             break
-        key, text = name.decode("ascii", "replace").lower(), value.decode("utf-8", "replace")
+        key = name.lower()
+        text = value if value.isascii() else value.encode(errors="surrogateescape").decode(errors="replace")
         headers[key] = f"{headers[key]}, {text}" if key in headers else text
     return headers
 
 
 def _text(body: bytearray, charset: str) -> str:
+    if not CHARSET.fullmatch(charset):
+        raise FetchError("decode", 'The charset of the body is not known; use body "digest".')
     try:
-        codec = codecs.lookup(charset).name
-        text = None if codec in REFUSED_CODECS else body.decode(codec)
-    except LookupError:
-        text = None
+        return body.decode(charset)
     except UnicodeDecodeError:
         raise FetchError("decode", 'The body is not text in its charset; use body "digest".') from None
-    if text is None:
-        raise FetchError("decode", 'The charset of the body is not known; use body "digest".')
-    return text
 
 
 def _explain(error: Exception, timeout: float) -> FetchError:  # noqa: PLR0911 - a table with an order
@@ -337,7 +337,9 @@ def _explain(error: Exception, timeout: float) -> FetchError:  # noqa: PLR0911 -
         case aiohttp.ClientSSLError():
             return FetchError("tls", "The server does not speak TLS as it should.")
         case aiohttp.ClientConnectorError(os_error=cause):
-            return FetchError("connect", f"No connection: {os.strerror(cause.errno or 0)}.")
+            return FetchError(
+                "connect", f"No connection: {os.strerror(cause.errno) if cause.errno else 'no reason known'}."
+            )
         case TimeoutError():
             return FetchError("timeout", f"Not finished within {timeout:g} s.")
         case aiohttp.InvalidURL():

@@ -1,0 +1,143 @@
+"""`http.fetch` against a bare aiohttp gather with a semaphore: requests a second, same URLs, same local server.
+
+    python benchmarks/http_fetch.py [--urls 10000] [--concurrency 20] [--rounds 5]
+
+The server runs in a process of its own; both run on uvloop, as the worker does, in turns. Every round gives a ratio.
+Goal: their median is at least 0.8.
+"""
+
+import argparse
+import asyncio
+import multiprocessing
+import os
+import secrets
+import statistics
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+from uuid import UUID
+
+import aiohttp
+import uvloop
+from aiohttp import web
+
+from headway import JobContext
+from headway.kinds import ArtifactWriter, InputFile
+from services.worker.kinds.http_fetch import FetchInput, fetch
+
+GOAL = 0.8
+BODY = secrets.token_bytes(2048)
+
+
+def serve(ready: Connection) -> None:
+    """Answer every path with 2 KiB until the process is ended; tell the port first."""
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=BODY)
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/{path:.*}", answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        ready.send(runner.addresses[0][1])
+        await asyncio.Event().wait()
+
+    uvloop.run(main())
+
+
+class Unrecorded(JobContext):
+    """A job that nobody follows: the artifact's bytes are counted and dropped."""
+
+    def __init__(self) -> None:
+        self.written = 0
+
+    async def report(
+        self,
+        done: float,
+        total: float | None = None,
+        message: str = "",
+        *,
+        unit: str = "items",
+        counts: Mapping[str, int] | None = None,
+    ) -> None: ...
+
+    async def log(self, message: str, *, level: str = "info") -> None: ...
+
+    async def save_checkpoint(self, value: Any) -> None: ...
+
+    async def open_file(self, file_id: UUID) -> InputFile:
+        raise NotImplementedError
+
+    @asynccontextmanager
+    async def artifact(self, name: str, content_type: str = "") -> AsyncIterator[ArtifactWriter]:
+        yield self
+
+    async def write(self, data: bytes) -> None:
+        self.written += len(data)
+
+    def source(self, name: str) -> str:
+        raise NotImplementedError
+
+
+async def headway(urls: list[str], concurrency: int) -> None:
+    result = await fetch(Unrecorded(), FetchInput(urls=urls, concurrency=concurrency, per_host=min(concurrency, 50)))
+    assert result.ok == len(urls), result
+
+
+async def bare(urls: list[str], concurrency: int) -> None:
+    slots = asyncio.Semaphore(concurrency)
+
+    async def one(session: aiohttp.ClientSession, url: str) -> None:
+        async with slots, session.get(url) as response:
+            assert response.status == 200
+            await response.read()
+
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=concurrency)) as session:
+        await asyncio.gather(*(one(session, url) for url in urls))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--urls", type=int, default=10_000)
+    parser.add_argument("--concurrency", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    os.environ.update(
+        HEADWAY_FETCH_ALLOW="127.0.0.0/8",
+        # Settings are read whole; these are not used here.
+        HEADWAY_DATABASE_URL="postgresql://127.0.0.1/none",
+        HEADWAY_REDIS_URL="redis://127.0.0.1/0",
+        HEADWAY_SECRET_KEY=secrets.token_hex(),
+        HEADWAY_KEY_PEPPER=secrets.token_hex(),
+    )
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=(sender,), daemon=True)
+    server.start()
+    try:
+        port = receiver.recv()
+        urls = [f"http://127.0.0.1:{port}/{number}" for number in range(options.urls)]
+        rates: dict[str, list[float]] = {"headway": [], "bare": []}
+        for _ in range(options.rounds):
+            for contender in (bare, headway):
+                started = time.perf_counter()
+                uvloop.run(contender(urls, options.concurrency))
+                rates[contender.__name__].append(len(urls) / (time.perf_counter() - started))
+    finally:
+        server.terminate()
+        server.join()
+    for name, measured in rates.items():
+        print(
+            f"{name:8} {statistics.median(measured):8,.0f} requests/s   ({min(measured):,.0f} to {max(measured):,.0f})"
+        )
+    ratios = [ours / theirs for ours, theirs in zip(rates["headway"], rates["bare"], strict=True)]
+    ratio = statistics.median(ratios)
+    verdict = "met" if ratio >= GOAL else "missed"
+    print(f"ratio    {ratio:8.2f}   ({min(ratios):.2f} to {max(ratios):.2f})   goal {GOAL}: {verdict}")
+
+
+if __name__ == "__main__":
+    main()

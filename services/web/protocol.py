@@ -1,0 +1,63 @@
+"""uvicorn's protocols, with the bounds that they lack."""
+
+import json
+
+from uuid_utils import uuid7
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from headway.errors import BadRequest
+
+MOST_HEAD = 64 * 1024
+MOST_HEADERS = 100
+
+UNREADABLE = (
+    "This is not a request of HTTP/1.1, or its path is not percent-encoded, or its head is over the limits of "
+    f"{MOST_HEAD:,} bytes and {MOST_HEADERS} headers."
+)
+
+
+class Http(HttpToolsProtocol):
+    """Holds no more than 64 KiB of a request's head, and refuses what it cannot read as the API refuses."""
+
+    _in_head = False
+    _held = 0
+
+    def data_received(self, data: bytes) -> None:
+        # The parser says nothing before a header is whole, so its bytes are counted here.
+        self._held += len(data)
+        if self._in_head and self._held > MOST_HEAD:
+            self.send_400_response("")
+            return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        self._in_head, self._held = True, 0
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self.headers) == MOST_HEADERS:
+            raise BadRequest(UNREADABLE)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """uvicorn's own is plain text."""
+        body = json.dumps(BadRequest(UNREADABLE).as_json()).encode()
+        head = (
+            f"content-type: application/problem+json\r\ncontent-length: {len(body)}\r\n"
+            f"x-request-id: {uuid7().hex}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(STATUS_LINE[400] + head.encode() + body)
+        self.transport.close()
+
+
+class WebSocket(WebSocketsSansIOProtocol):
+    """Drops a peer that answers no ping. uvicorn waits until it has read what was sent, which it may never do."""
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        self.transport.abort()

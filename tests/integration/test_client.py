@@ -1,0 +1,175 @@
+"""Headway's own client against the real service."""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, aclosing
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from pydantic import BaseModel
+from redis.asyncio import Redis
+
+from headway import JobContext, kind
+from headway.client import Client, InvalidRequest, NotFound, Unauthenticated
+from headway.client import follow as following
+from headway.client import http as client_http
+from headway.settings import Settings
+from tests.conftest import Service, Tenant, web, worker
+
+
+class Copy(BaseModel):
+    file: UUID
+    name: str = "copy.bin"
+
+
+class Copied(BaseModel):
+    size: int
+
+
+@kind("test.copy")
+async def copy(job: JobContext, input: Copy) -> Copied:
+    """Copies a file into an artifact."""
+    source, done = await job.open_file(input.file), 0
+    async with job.artifact(input.name) as out:
+        async for chunk in source.chunks():
+            await out.write(chunk)
+            done += len(chunk)
+            await job.report(done, source.file.size, unit="bytes")
+    return Copied(size=done)
+
+
+async def test_submit_wait_and_read_back(service: Service) -> None:
+    job = await service.client.submit("demo.countdown", {"seconds": 0.2}, tags=["x"], timeout=9)
+    ended = await service.client.wait(job["id"], timeout=10)
+
+    assert (ended["state"], ended["result"], ended["tags"], ended["timeout"]) == (
+        "succeeded",
+        {"seconds": 0.2},
+        ["x"],
+        9,
+    )
+    assert await service.client.get(UUID(job["id"])) == ended
+    assert "demo.countdown" in [kind["name"] for kind in await service.client.kinds()]
+    assert (await service.client.kind("demo.countdown"))["input_schema"]["required"] == ["seconds"]
+
+
+async def test_wait_gives_up_and_cancel_ends_the_job(service: Service) -> None:
+    job = await service.client.submit("demo.countdown", {"seconds": 60})
+
+    with pytest.raises(TimeoutError):
+        await service.client.wait(job["id"], timeout=0.3)
+    assert (await service.client.cancel(job["id"]))["cancel_requested_at"]
+    assert (await service.client.wait(job["id"], timeout=10))["state"] == "cancelled"
+    assert (await service.client.cancel(job["id"]))["state"] == "cancelled"
+
+
+async def test_listing_reads_as_many_pages_as_it_needs(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_http, "PAGE", 2)
+    ids = [(await service.client.submit("demo.countdown", {"seconds": 0}, tags=["a"]))["id"] for _ in range(5)]
+    await service.client.submit("demo.countdown", {"seconds": 0}, tags=["b"])
+
+    assert [job["id"] async for job in service.client.list(tag="a")] == ids[::-1]
+    assert [job["id"] async for job in service.client.list(tag="a", limit=3)] == ids[:1:-1]
+    assert [job async for job in service.client.list(tag="a", kind="no.such")] == []
+
+
+async def test_files_go_up_and_come_down_whole(service: Service, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 12_000
+    (tmp_path / "ünïcode & more.bin").write_bytes(content)
+    sent: list[tuple[int, int | None]] = []
+    received: list[tuple[int, int | None]] = []
+
+    file = await service.client.upload(
+        tmp_path / "ünïcode & more.bin", on_progress=lambda *progress: sent.append(progress)
+    )
+    name = "a name, with & signs?.bin"
+    job = await service.client.submit("test.copy", {"file": file["id"], "name": name})
+    assert (await service.client.wait(job["id"], timeout=10))["result"] == {"size": len(content)}
+    (tmp_path / "out").mkdir()
+    path = await service.client.download(
+        job["id"], name, tmp_path / "out", on_progress=lambda *progress: received.append(progress)
+    )
+
+    assert file["name"] == "ünïcode & more.bin"
+    assert file["sha256"] == hashlib.sha256(content).hexdigest()
+    assert await service.client.artifacts(job["id"]) == [
+        {"name": name, "content_type": "application/octet-stream", "size": len(content), "sha256": file["sha256"]}
+    ]
+    assert path.read_bytes() == content
+    assert list((tmp_path / "out").iterdir()) == [path]
+    assert sent[-1] == received[-1] == (len(content), len(content))
+    assert len(sent) == 3
+
+
+async def test_a_download_that_fails_leaves_nothing(service: Service, tmp_path: Path) -> None:
+    job = await service.client.submit("demo.countdown", {"seconds": 0})
+    (tmp_path / "kept").write_text("before")
+
+    with pytest.raises(NotFound, match="no artifact"):
+        await service.client.download(job["id"], "absent", tmp_path / "kept")
+    assert (tmp_path / "kept").read_text() == "before"
+    assert not [path for path in tmp_path.iterdir() if path.suffix == ".part"]
+
+
+async def test_following_starts_with_a_snapshot_and_ends_with_the_result(service: Service) -> None:
+    job = await service.client.submit("demo.countdown", {"seconds": 1})
+    envelopes = [envelope async for envelope in service.client.follow(job["id"])]
+
+    assert envelopes[0]["t"] == "snapshot"
+    assert [envelope["seq"] for envelope in envelopes] == sorted({envelope["seq"] for envelope in envelopes})
+    assert len([envelope for envelope in envelopes if envelope["t"] == "progress"]) >= 5
+    assert (envelopes[-1]["t"], envelopes[-1]["d"]["state"]) == ("state", "succeeded")
+    assert envelopes[-1]["d"]["result"] == {"seconds": 1}
+
+    again = [envelope async for envelope in service.client.follow(job["id"])]
+    assert [(envelope["t"], envelope["d"]["state"]) for envelope in again] == [("snapshot", "succeeded")]
+
+
+async def test_following_goes_on_when_the_web_service_is_restarted(
+    settings: Settings, redis: Redis, tenant: Tenant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(following, "LONGEST_PAUSE", 0.1)
+    caplog.set_level(logging.WARNING, "headway.client")
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(worker(settings))
+        async with web(settings) as url:
+            client = await stack.enter_async_context(Client(url, tenant.api_key))
+            job = await client.submit("demo.countdown", {"seconds": 4})
+            envelopes = await stack.enter_async_context(aclosing(client.follow(job["id"])))
+            seen = [await anext(envelopes) for _ in range(3)]
+        following_on = asyncio.create_task(collect(envelopes))
+        await stack.enter_async_context(web(settings, port=int(url.rsplit(":", 1)[1])))
+        seen += await following_on
+
+    seqs = [envelope["seq"] for envelope in seen]
+    assert seqs == sorted(set(seqs))
+    assert [envelope["t"] for envelope in seen].count("snapshot") >= 2
+    assert "progress" in [envelope["t"] for envelope in seen[5:]]
+    assert seen[-1]["d"]["state"] == "succeeded"
+    assert "The live connection broke" in caplog.text
+
+
+async def collect(envelopes: AsyncIterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [envelope async for envelope in envelopes]
+
+
+async def test_refusals_say_what_is_wrong(service: Service) -> None:
+    nobody = str(uuid4())
+    for call in (service.client.get(nobody), service.client.cancel(nobody), service.client.artifacts(nobody)):
+        with pytest.raises(NotFound, match=nobody):
+            await call
+    with pytest.raises(NotFound, match=nobody):
+        await collect(service.client.follow(nobody))
+    with pytest.raises(InvalidRequest, match=r"demo\.countdown") as raised:
+        await service.client.submit("demo.countdown", {"seconds": "ten", "more": 1})
+    assert raised.value.type == "urn:headway:problem:invalid-input"
+    assert len(raised.value.errors) == 2
+    async with Client(service.url, service.api_key[:-1] + ("a" if service.api_key[-1] != "a" else "b")) as stranger:
+        with pytest.raises(Unauthenticated):
+            await stranger.kinds()
+        with pytest.raises(Unauthenticated):
+            await collect(stranger.follow(nobody))

@@ -1,0 +1,178 @@
+import csv
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.worker.kinds.csv_layout import RECORD_LIMIT, Layout
+from services.worker.kinds.csv_rows import Rejected, RowReader
+from services.worker.kinds.csv_types import ColumnType
+
+CELLS = st.one_of(
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8),
+    st.text(',;"\n\r\\. a', max_size=5),
+    st.integers().map(str),
+    st.decimals(allow_nan=False, allow_infinity=False, places=2).map(str),
+    st.dates().map(str),
+    st.sampled_from(["", "true", "007", r"\.", "\\"]),
+)
+TABLES = st.integers(1, 4).flatmap(lambda width: st.lists(st.lists(CELLS, min_size=width, max_size=width), min_size=1))
+
+
+def layout(width: int, delimiter: str = ",", line_end: bytes = b"\n") -> Layout:
+    names = tuple(f"c{number}" for number in range(width))
+    return Layout(delimiter=delimiter, line_end=line_end, titles=names, names=names, start=0, lines=1)
+
+
+def read(reader: RowReader, data: bytes, step: int = 1 << 16) -> bytes:
+    """What the reader gives back for the data in pieces of `step` bytes."""
+    given = []
+    for place in range(0, len(data), step):
+        given.append(reader.match(data[place : place + step]))
+        if reader.stuck:
+            given.append(reader.resolve())
+    return b"".join([*given, reader.end()])
+
+
+def parsed(data: bytes, delimiter: str = ",") -> list[list[str]]:
+    text = io.StringIO(data.decode(), newline="")
+    return [row for row in csv.reader(text, delimiter=delimiter, strict=True) if row]
+
+
+def lines(reader: RowReader) -> list[tuple[int, str]]:
+    return [(rejected.line, rejected.reason) for rejected in reader.rejected]
+
+
+@given(TABLES, st.sampled_from(",;\t|"), st.sampled_from(["\n", "\r\n", "\r"]), st.integers(1, 50), st.booleans())
+def test_what_the_csv_module_writes_is_given_back_the_same(
+    table: list[list[str]], delimiter: str, line_end: str, step: int, ended: bool
+) -> None:
+    written = io.StringIO()
+    csv.writer(written, delimiter=delimiter, lineterminator=line_end, quoting=csv.QUOTE_ALL).writerows(table)
+    data = written.getvalue().encode()
+    reader = RowReader(layout(len(table[0]), delimiter, line_end.encode()))
+
+    given = read(reader, data if ended else data.removesuffix(line_end.encode()), step)
+
+    assert parsed(given, delimiter) == table
+    assert reader.rows == len(table)
+    assert (reader.rejected, reader.fault) == ([], "")
+
+
+@given(
+    st.integers(1, 3),
+    st.lists(st.sampled_from([*'",;\n\r\0a1. \\', '""', ',"', '",', "\r\n", "é", "1,2\n", '"a\nb",3\n'])),
+    st.lists(st.sampled_from([*'",\n\r\0a1', "é", "1,2\n", "2024-01-01,1\n"])),
+    st.binary(max_size=3),
+)
+def test_pieces_of_any_size_give_the_same(width: int, first: list[str], second: list[str], bad: bytes) -> None:
+    data = "".join(first).encode() + bad + "".join(second).encode()
+    whole = RowReader(layout(width))
+    rows = parsed(read(whole, data))
+    # With the types known from the start, the regular expression and not the parser sees most rows.
+    for step in (1, 2, 7):
+        reader = RowReader(layout(width), whole.types)
+        assert parsed(read(reader, data, step)) == rows
+        assert (reader.rows, reader.rejected, reader.fault) == (len(rows), whole.rejected, whole.fault)
+
+
+def test_clean_rows_are_passed_on_as_they_are() -> None:
+    rows = b'1,"a ""b""",2.50\n2,"c\nd",\n'
+    reader = RowReader(layout(3), [ColumnType.BIGINT, ColumnType.TEXT, ColumnType.NUMERIC])
+    read(reader, rows * 100)
+
+    assert reader.match(rows * 300) == rows * 300
+    assert not reader.stuck
+    assert reader.rows == 800
+
+
+@pytest.mark.parametrize("before", [0, 99, 100, 5000])
+def test_types_are_those_of_the_whole_file_and_not_of_the_first_rows(before: int) -> None:
+    reader = RowReader(layout(4))
+
+    read(reader, b"1,2024-01-01,,x\n" * before + b"1.5,unknown,7,x\n" + b"1,2024-01-01,,x\n" * 200)
+
+    assert [column_type.sql for column_type in reader.types] == ["numeric", "text", "bigint", "text"]
+    assert reader.rows == before + 201
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (b"1", "1 field, not 2 as in the header"),
+        (b"1,2,3", "3 fields, not 2 as in the header"),
+        (b"1,a\0b", "a NUL character"),
+        (b"1,\xff", "not UTF-8; save the file as UTF-8"),
+        (b'1,"a"b', "text after a closing quote"),
+        (b"1,a\rb", "carriage return outside quotes"),
+    ],
+)
+def test_rows_that_cannot_be_taken_are_rejected_with_their_line(row: bytes, reason: str) -> None:
+    reader = RowReader(layout(2))
+
+    given = read(reader, b'1,"a\nb"\n' * 200 + b"\n" + row + b"\n" + b"2,b\n" * 200)
+
+    assert reader.rejected == [Rejected(403, reason, row.decode("utf-8", "backslashreplace").replace("\0", "\\x00"))]
+    assert len(parsed(given)) == reader.rows == 400
+    assert not reader.fault
+
+
+def test_a_quote_inside_an_unquoted_field_is_a_character() -> None:
+    assert parsed(read(RowReader(layout(2)), b'5" pipe,1\n6" pipe,2\n')) == [['5" pipe', "1"], ['6" pipe', "2"]]
+
+
+@pytest.mark.parametrize("start", [b"", b'"', b'"a\n'])
+def test_a_row_that_is_too_long_is_passed_over_in_little_memory(start: bytes) -> None:
+    end = b'",x\n' if start else b",x\n"
+    data = b"1,a\n" + start + b"b" * (3 * RECORD_LIMIT) + end + b"2,c\n"
+    reader = RowReader(layout(2))
+
+    given = read(reader, data)
+
+    assert parsed(given) == [["1", "a"], ["2", "c"]]
+    assert lines(reader) == [(3, "longer than 1 MiB")]
+    assert len(reader.rejected[0].row) <= 1000
+    read(reader, b"1,2,3\n")
+    assert reader.rejected[-1].line == 5 + start.count(b"\n")
+
+
+@pytest.mark.parametrize("length", [10, 3 * RECORD_LIMIT])
+def test_a_quote_that_is_never_closed_is_a_fault_of_the_file(length: int) -> None:
+    reader = RowReader(layout(2))
+
+    read(reader, b'1,a\n2,"b' + b"c,1\n" * (length // 4))
+
+    assert "row on line 3 has no closing quote" in reader.fault
+
+
+@pytest.mark.parametrize("row", [b"1", b"1,\xc3", b"1,2,3"])
+def test_a_last_row_that_is_cut_off_is_a_fault_of_the_file(row: bytes) -> None:
+    reader = RowReader(layout(2))
+
+    read(reader, b"1,2\n" + row)
+
+    assert "line 3" in reader.fault
+    assert "cut off" in reader.fault
+
+
+def test_long_fields_up_to_the_limit_are_taken() -> None:
+    cell = "é" * (RECORD_LIMIT // 2 - 10)
+    reader = RowReader(layout(1))
+
+    assert parsed(read(reader, f'"{cell}"\nx\n'.encode())) == [[cell], ["x"]]
+
+
+def test_many_columns_are_taken() -> None:
+    row = [str(number) for number in range(1600)]
+    reader = RowReader(layout(1600))
+
+    assert parsed(read(reader, (",".join(row) + "\n").encode() * 300)) == [row] * 300
+
+
+def test_a_single_column_skips_blank_lines_but_not_empty_values() -> None:
+    reader = RowReader(layout(1))
+
+    read(reader, b'a\n\n""\n\\.\nb\n' * 300)
+
+    assert reader.rows == 4 * 300
