@@ -42,7 +42,9 @@ class Submission(Schema):
     priority: Literal["high", "normal", "low"] = Field(
         default="normal", description="Which of the tenant's jobs go first; low ones wait longer, but not for ever."
     )
-    run_at: AwareDatetime | None = Field(default=None, description="When to run it, with a time zone; now if left out.")
+    run_at: AwareDatetime | None = Field(
+        default=None, strict=False, description="When to run it, with a time zone; now if left out."
+    )
     delay: float | None = Field(default=None, ge=0, le=FARTHEST, description="Seconds to wait, instead of run_at.")
     timeout: float | None = Field(
         default=None, gt=0, le=LONGEST, description="Seconds an attempt may run; the kind's own if left out."
