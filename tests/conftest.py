@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -30,9 +31,10 @@ TEMPLATE = "headway_template"
 
 
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
+def servers() -> Iterator[Embedded]:
     """Postgres and Redis, and a migrated database to copy."""
-    with Embedded(tmp_path_factory.mktemp("servers"), durable=False) as servers:
+    # Not below pytest's folder: another run shuts that for other users, and as root Postgres runs as one.
+    with TemporaryDirectory(prefix="headway-") as home, Embedded(Path(home), durable=False) as servers:
         servers.create_database(TEMPLATE)
         os.environ |= {
             "HEADWAY_DATABASE_URL": servers.postgres_url(TEMPLATE),

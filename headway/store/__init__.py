@@ -3,8 +3,10 @@
 Only `headway.lifecycle` calls what changes a job.
 """
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -71,8 +73,11 @@ class Store:
         await self._pool
 
     async def close(self) -> None:
+        """Disconnect, within seconds also from a Postgres that does not answer."""
         if self._pool is not None:
-            await self._pool.close()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._pool.close()
 
     async def rows(self, statement: str, *values: Any) -> list[asyncpg.Record]:
         """Run one statement on a connection of the pool. Waits at most 5 s for one.

@@ -84,6 +84,7 @@ class Runner:
         self._parts = parts
         self._attempts: dict[tuple[UUID, int], Attempt] = {}
         self._left_behind: set[asyncio.Task[Any]] = set()
+        self._abandoned = False
 
     @property
     def running(self) -> list[UUID]:
@@ -105,6 +106,10 @@ class Runner:
         """Stop all attempts; their jobs go back to the queue."""
         for attempt in self._attempts.values():
             attempt.interrupt("drained")
+
+    def abandon(self) -> None:
+        """Write no ending again that an outage of the database has kept from being written."""
+        self._abandoned = True
 
     async def run(self, claim: Claim) -> None:
         """Perform the attempt and write how it ended. Raises nothing."""
@@ -194,7 +199,7 @@ class Runner:
         if outcome is None:
             await self._delete(artifacts)
             if attempt.reason == "drained":
-                await _insist(lambda: self._parts.lifecycle.release(claim))
+                await self._insist(lambda: self._parts.lifecycle.release(claim))
                 log.info("a job was given back")
             else:
                 log.warning("an attempt was stopped: its lease was lost")
@@ -205,34 +210,35 @@ class Runner:
         keep = outcome.state == JobState.SUCCEEDED or isinstance(outcome.error, Fatal)
         ending = Ending(claim, outcome.state, outcome.result, error, progress, artifacts if keep else ())
         try:
-            await _insist(lambda: self._parts.lifecycle.finish(ending))
+            await self._insist(lambda: self._parts.lifecycle.finish(ending))
         except REFUSALS as refusal:
             log.warning("Postgres refuses the result", error=repr(refusal))
             detail = getattr(refusal, "detail", None) or ""
             error = HandlerFailed(kept(f"Postgres cannot keep the result: {refusal}. {detail}")).as_json()
             keep, ending = False, Ending(claim, JobState.FAILED, error=error, progress=progress)
-            await _insist(lambda: self._parts.lifecycle.finish(ending))
+            await self._insist(lambda: self._parts.lifecycle.finish(ending))
         log.info("a job ended", state=ending.state.value, error=error and error["type"])
         if not keep:
             await self._delete(artifacts)
+
+    async def _insist(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Write, also over an outage of the database: until it is there, or someone else has the job."""
+        wait = 0.2
+        while True:
+            try:
+                return await write()
+            except OUTAGES as error:
+                if self._abandoned:
+                    raise
+                log.warning("the ending was not written; trying again", error=repr(error), wait=wait)
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, 2.0)
 
     async def _delete(self, artifacts: Sequence[Artifact]) -> None:
         try:
             await self._parts.files.delete([artifact.key for artifact in artifacts])
         except Exception:
             log.exception("artifacts that nobody will see were not deleted")
-
-
-async def _insist(write: Callable[[], Awaitable[None]]) -> None:
-    """Write, also over an outage of the database: until it is there, or someone else has the job."""
-    wait = 0.2
-    while True:
-        try:
-            return await write()
-        except OUTAGES as error:
-            log.warning("the ending was not written; trying again", error=repr(error), wait=wait)
-        await asyncio.sleep(wait)
-        wait = min(wait * 2, 2.0)
 
 
 def _interrupted(reason: str | None, claim: Claim) -> Outcome | None:

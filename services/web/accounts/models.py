@@ -38,6 +38,7 @@ class ApiKey(models.Model):
 
     class Meta:
         db_table = "api_keys"
+        verbose_name = "API key"
         ordering: ClassVar = ["tenant", "name"]
 
     def __str__(self) -> str:

@@ -170,6 +170,7 @@ class Migration(migrations.Migration):
                 ("tenant", models.ForeignKey(on_delete=django.db.models.deletion.PROTECT, to="headway.tenant")),
             ],
             options={
+                "verbose_name": "API key",
                 "db_table": "api_keys",
                 "ordering": ["tenant", "name"],
             },
