@@ -29,7 +29,8 @@ from tests.faults.faults import Faults
 from tests.faults.history import History, Recorder, merge
 
 SAY_EVERY = 5.0
-DRAINED_WITHIN = 180.0
+# Longer than it takes to notice three times that a worker has died.
+NOTHING_ENDS_FOR = 90.0
 
 OPEN = "SELECT count(*) FROM jobs WHERE state IN ('scheduled', 'queued', 'running')"
 JOBS = "SELECT to_jsonb(jobs) - 'input' AS row FROM jobs ORDER BY id"
@@ -101,11 +102,13 @@ async def _say(began: float, clients: Clients, faults: Faults) -> None:
 
 
 async def _drained(stack: Stack) -> None:
-    """Wait until no job is open, or long enough: the checker names those that are."""
+    """Wait until no job is open, or none has ended for a while: the checker names those that are open."""
     connection = await asyncpg.connect(stack.database_url)
-    deadline = time.monotonic() + DRAINED_WITHIN
-    while await connection.fetchval(OPEN) and time.monotonic() < deadline:
+    fewest, since = await connection.fetchval(OPEN), time.monotonic()
+    while fewest and time.monotonic() < since + NOTHING_ENDS_FOR:
         await asyncio.sleep(0.2)
+        if (count := await connection.fetchval(OPEN)) < fewest:
+            fewest, since = count, time.monotonic()
     await connection.close()
 
 

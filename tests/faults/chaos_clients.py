@@ -22,15 +22,15 @@ MOST_AT_ONCE = 1000
 # Kind, weight, and the ranges of `ms` and `times`.
 MIX: tuple[tuple[str, int, tuple[int, int], tuple[int, int]], ...] = (
     ("chaos.instant", 30, (0, 0), (0, 0)),
-    ("chaos.sleep", 22, (10, 800), (0, 0)),
-    ("chaos.report", 14, (50, 500), (2, 8)),
-    ("chaos.steps", 12, (50, 800), (2, 6)),
+    ("chaos.sleep", 22, (10, 500), (0, 0)),
+    ("chaos.report", 14, (50, 300), (2, 8)),
+    ("chaos.steps", 12, (50, 500), (2, 6)),
     ("chaos.artifact", 10, (5, 200), (1, 16)),
     ("chaos.fail", 8, (0, 100), (0, 1)),
     ("chaos.block", 2, (5, 150), (0, 0)),
 )
 # How many jobs in a thousand kill their worker, once or, rarer still, whenever they run.
-CRASHING = 1
+CRASHING = 0.5
 
 
 class Clients:

@@ -225,7 +225,7 @@ class Stack:
             "HEADWAY_SECRET_KEY": secrets.token_hex(32),
             "HEADWAY_KEY_PEPPER": PEPPER,
             "HEADWAY_KINDS": "tests.faults.chaos_kinds",
-            "HEADWAY_SLOTS": "10",
+            "HEADWAY_SLOTS": "20",
             "HEADWAY_DRAIN": "1",
             "HEADWAY_LOG_LEVEL": "WARNING",
             "CHAOS_HISTORY": str(self.history),

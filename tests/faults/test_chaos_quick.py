@@ -28,7 +28,7 @@ QUICK = (
 
 
 async def test_no_promise_is_broken_under_random_faults(tmp_path: Path) -> None:
-    options = Options(seconds=5, seed=5, workers=2, webs=1, rate=30, fault_every=0.4, lease=2, faults=QUICK)
+    options = Options(seconds=4, seed=5, workers=2, webs=1, rate=30, fault_every=0.4, lease=2, faults=QUICK)
     report = await run(options, tmp_path / "home")
     assert report.violations == []
     assert report.jobs > 50

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 @pytest.fixture
 def site(settings: Settings) -> Iterator["Client"]:
     """A browser in which the administrator is logged in; Django works on the database of the test."""
-    from django.contrib.auth.models import User  # noqa: PLC0415  # Django must be set up
-    from django.db import connections  # noqa: PLC0415
-    from django.test import Client  # noqa: PLC0415
+    from django.contrib.auth.models import User  # Django must be set up
+    from django.db import connections
+    from django.test import Client
 
     connection = connections["default"]
     connection.close()
@@ -43,7 +43,7 @@ def site(settings: Settings) -> Iterator["Client"]:
 
 def accepted(settings: Settings, key: str) -> UUID | None:
     """The tenant that the API lets in with this key."""
-    from services.web.asgi import Application  # noqa: PLC0415
+    from services.web.asgi import Application
 
     async def ask() -> UUID | None:
         application = Application(settings)
@@ -67,7 +67,7 @@ def page(site: "Client", path: str, **form: Any) -> str:
 
 
 def test_a_tenant_and_a_key_are_made_and_the_secret_is_shown_once(site: "Client", settings: Settings) -> None:
-    from services.web.accounts.models import ApiKey, Tenant  # noqa: PLC0415
+    from services.web.accounts.models import ApiKey, Tenant
 
     page(site, "/admin/headway/tenant/add/")
     page(site, "/admin/headway/tenant/add/", name="shop")
@@ -90,7 +90,7 @@ def test_a_tenant_and_a_key_are_made_and_the_secret_is_shown_once(site: "Client"
 
 
 def test_a_key_is_revoked_and_not_deleted(site: "Client", settings: Settings) -> None:
-    from services.web.accounts.models import ApiKey, Tenant  # noqa: PLC0415
+    from services.web.accounts.models import ApiKey, Tenant
 
     tenant = Tenant.objects.create(name="shop")
     live = [keys.new(), keys.new()]
@@ -110,7 +110,7 @@ def test_a_key_is_revoked_and_not_deleted(site: "Client", settings: Settings) ->
 
 
 def test_jobs_are_shown_and_cannot_be_touched(site: "Client") -> None:
-    from services.web.accounts.models import Job, Tenant  # noqa: PLC0415
+    from services.web.accounts.models import Job, Tenant
 
     job = Job.objects.create(
         id=uuid7(),

@@ -56,9 +56,6 @@ async def test_a_file_is_kept_as_it_was_sent(
         assert (await http.get(answer.headers["Location"])).json() == file
         assert (settings.home / "files" / "files" / str(tenant.id) / file["id"]).read_bytes() == sent
     assert await database.fetchval("SELECT count(*) FROM files") == len(kept(settings)) == 3
-
-
-async def test_a_name_and_a_type_have_defaults(http: httpx.AsyncClient) -> None:
     for headers in ({}, {"Content-Type": "no type"}, {"Content-Type": "text/html; <script>"}):
         file = (await http.post(FILES, content=b"x", headers=headers)).json()
         assert (file["name"], file["content_type"]) == ("file", "application/octet-stream")

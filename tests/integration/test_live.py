@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import signal
 import socket as net
 import sys
 from asyncio.subprocess import Process
@@ -205,8 +204,8 @@ def connections() -> float:
 async def test_a_reader_that_stops_reading_is_let_go(
     settings: Settings, redis: Redis, tenant: Tenant, database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from services.web import __main__ as main  # noqa: PLC0415  # Django must be set up
-    from services.web.live import consumers  # noqa: PLC0415
+    from services.web import __main__ as main  # Django must be set up
+    from services.web.live import consumers
 
     def impatient(*args: Any) -> Any:
         config = original(*args)
@@ -270,9 +269,8 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
 async def test_a_web_process_that_is_told_to_stop_says_so_and_exits_with_0(
-    settings: Settings, redis: Redis, tenant: Tenant, stop: signal.Signals
+    settings: Settings, redis: Redis, tenant: Tenant
 ) -> None:
     async with idle(settings, tenant) as http:
         job_id = (await submit(http))["id"]
@@ -283,7 +281,7 @@ async def test_a_web_process_that_is_told_to_stop_says_so_and_exits_with_0(
         socket(http, job_id) as ws,
     ):
         await ws.recv()
-        running.send_signal(stop)
+        running.terminate()
         with pytest.raises(ConnectionClosed) as closed:
             await ws.recv()
         assert closed.value.rcvd is not None

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import asyncpg
+import psycopg
 import pytest
 import pytest_asyncio
+from psycopg.sql import Literal
+from psycopg.types.json import Json
 
 from headway.embedded import Embedded
 from headway.store import sql
@@ -21,14 +23,14 @@ OPEN = 50
 # A worker of 100 slots and a page of jobs read a few blocks each; a hundred thousand jobs are thousands of them.
 MOST_BLOCKS = 700
 
-# Finished jobs of 21 tenants, the first with most of them; one in a thousand has failed, one in a hundred is tagged.
+# Finished jobs of 21 tenants, the first with most of them; one in a thousand has failed, one is tagged.
 HISTORY = """
 INSERT INTO jobs (id, tenant_id, kind, state, input, tags, timeout, attempt, token, created_at, started_at,
     finished_at, progress, result, seq)
 SELECT uuidv7(make_interval(secs => n - 200000)), CASE WHEN n % 5 = 0 THEN others[1 + n % 20] ELSE $1 END,
     CASE WHEN n % 500 = 1 THEN 'rare.kind' ELSE 'test.call' END,
     CASE WHEN n % 1000 = 3 THEN 'failed' ELSE 'succeeded' END,
-    '{"rows": 1000}', CASE WHEN n % 100 = 2 THEN ARRAY['nightly'] ELSE '{}' END,
+    '{"rows": 1000}', CASE WHEN n % 1000 = 2 THEN ARRAY['nightly'] ELSE '{}' END,
     60, 1, 1, now(), now(), now(), '{"done": 1}', '{"rows": 1000}', 3
 FROM generate_series(1, $2::int) n, (SELECT array_agg(id) AS others FROM tenants WHERE id <> $1)
 """
@@ -51,6 +53,8 @@ async def engine(servers: Embedded, folder: Path) -> AsyncIterator[Engine]:
         await engine.lifecycle.claim(ids[: OPEN // 2], ["test.call"], "a worker")
         await engine.database.execute("VACUUM ANALYZE jobs")
         yield engine
+        # The database is shared, and to delete them one by one takes a while.
+        await engine.database.execute("TRUNCATE jobs, events, artifacts")
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -59,34 +63,38 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(part)
 
 
-@pytest.fixture(params=["force_custom_plan", "force_generic_plan"], scope="module")
-def plan_mode(request: pytest.FixtureRequest) -> str:
-    """Postgres plans a prepared statement for its values, or once for all; either must do."""
-    return request.param
+@pytest.fixture(scope="module")
+def planning(engine: Engine) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(engine.settings.database_url.get_secret_value()) as connection:
+        yield connection
 
 
-async def explain(database: asyncpg.Connection, plan_mode: str, statement: str, *values: Any) -> None:
-    """Fail if the statement, run with these values, scans the jobs or reads many blocks of them. Undoes its work."""
-    transaction = database.transaction()
-    await transaction.start()
-    try:
-        await database.execute(f"SET LOCAL plan_cache_mode = {plan_mode}")
-        prepared = await database.prepare(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}")
-        found = await prepared.fetchval(*values)
-    finally:
-        await transaction.rollback()
-    [explained] = json.loads(found) if isinstance(found, str) else found
-    shown = json.dumps(explained, indent=1)
-    scans = [
-        node
-        for node in nodes(explained["Plan"])
-        if node.get("Relation Name") == "jobs" and (node["Node Type"] == "Seq Scan" or "Rows Removed by Filter" in node)
-    ]
-    for node in scans:
-        assert node["Node Type"] != "Seq Scan", shown
-        assert node["Rows Removed by Filter"] <= 1000, shown
-    blocks = explained["Plan"]["Shared Hit Blocks"] + explained["Plan"]["Shared Read Blocks"]
-    assert blocks <= MOST_BLOCKS, f"{blocks} blocks: {shown}"
+def explain(planning: psycopg.Connection, statement: str, *values: Any) -> None:
+    """Fail if the statement, run with these values, scans the jobs or reads many blocks of them. Undoes its work.
+
+    That must hold for its first run, which is planned for its values, and for the tenth, which Postgres may not have.
+    """
+    execute = "EXECUTE it"
+    if values:
+        execute += f" ({', '.join(Literal(_literal(value)).as_string(planning) for value in values)})"
+    planning.execute(f"PREPARE it AS {statement}")
+    for _ in range(10):
+        planning.execute("SAVEPOINT before")
+        [explained] = planning.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {execute}").fetchone()[0]
+        planning.execute("ROLLBACK TO before")
+        shown = json.dumps(explained, indent=1)
+        for node in nodes(explained["Plan"]):
+            if node.get("Relation Name") == "jobs":
+                assert node["Node Type"] != "Seq Scan", shown
+                assert node.get("Rows Removed by Filter", 0) <= 1000, shown
+        blocks = explained["Plan"]["Shared Hit Blocks"] + explained["Plan"]["Shared Read Blocks"]
+        assert blocks <= MOST_BLOCKS, f"{blocks} blocks: {shown}"
+    planning.execute("DEALLOCATE it")
+    planning.rollback()
+
+
+def _literal(value: Any) -> Any:
+    return Json(value) if isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict)) else value
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -96,35 +104,35 @@ async def ids(engine: Engine, state: str) -> list[UUID]:
     return [row["id"] for row in await engine.database.fetch("SELECT id FROM jobs WHERE state = $1 LIMIT 20", state)]
 
 
-async def test_claim(engine: Engine, plan_mode: str) -> None:
+async def test_claim(engine: Engine, planning: psycopg.Connection) -> None:
     queued = await ids(engine, "queued")
-    await explain(engine.database, plan_mode, sql.CLAIM, queued, ["test.call"], "a worker", timedelta(seconds=15))
+    explain(planning, sql.CLAIM, queued, ["test.call"], "a worker", timedelta(seconds=15))
 
 
-async def test_ready(engine: Engine, plan_mode: str) -> None:
-    await explain(engine.database, plan_mode, sql.READY, ["test.call"], 20)
-    await explain(engine.database, plan_mode, sql.READY, ["kind.of_no_job"], 20)
+async def test_ready(engine: Engine, planning: psycopg.Connection) -> None:
+    explain(planning, sql.READY, ["test.call"], 20)
+    explain(planning, sql.READY, ["kind.of_no_job"], 20)
 
 
-async def test_rescue(engine: Engine, plan_mode: str) -> None:
-    await explain(engine.database, plan_mode, sql.RESCUE, 3, {"type": "crashed"}, 100)
+async def test_rescue(engine: Engine, planning: psycopg.Connection) -> None:
+    explain(planning, sql.RESCUE, 3, {"type": "crashed"}, 100)
 
 
-async def test_cancel_requested(engine: Engine, plan_mode: str) -> None:
-    await explain(engine.database, plan_mode, sql.CANCEL_REQUESTED, await ids(engine, "running"))
+async def test_cancel_requested(engine: Engine, planning: psycopg.Connection) -> None:
+    explain(planning, sql.CANCEL_REQUESTED, await ids(engine, "running"))
 
 
-async def test_open(engine: Engine, plan_mode: str) -> None:
-    await explain(engine.database, plan_mode, sql.OPEN)
+async def test_open(engine: Engine, planning: psycopg.Connection) -> None:
+    explain(planning, sql.OPEN)
 
 
-async def test_report_renew_and_finish(engine: Engine, plan_mode: str) -> None:
+async def test_report_renew_and_finish(engine: Engine, planning: psycopg.Connection) -> None:
     running = await ids(engine, "running")
     records = [{"id": str(job_id), "token": 1, "progress": {}} for job_id in running]
-    await explain(engine.database, plan_mode, sql.REPORT, records)
-    await explain(engine.database, plan_mode, sql.RENEW, running, [1] * len(running), timedelta(seconds=15))
+    explain(planning, sql.REPORT, records)
+    explain(planning, sql.RENEW, running, [1] * len(running), timedelta(seconds=15))
     endings = [record | {"state": "succeeded", "artifacts": []} for record in records]
-    await explain(engine.database, plan_mode, sql.FINISH, endings)
+    explain(planning, sql.FINISH, endings)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +146,12 @@ async def test_report_renew_and_finish(engine: Engine, plan_mode: str) -> None:
         (None, "kind.of_no_job", None),
         ("failed", "test.call", None),
         (None, None, "nightly"),
+        ("failed", None, "of no job"),
     ],
 )
-async def test_list(engine: Engine, plan_mode: str, state: str | None, kind: str | None, tag: str | None) -> None:
+async def test_list(
+    engine: Engine, planning: psycopg.Connection, state: str | None, kind: str | None, tag: str | None
+) -> None:
     middle = await engine.database.fetchval("SELECT id FROM jobs ORDER BY id OFFSET 50000 LIMIT 1")
     for before in (None, middle):
-        await explain(engine.database, plan_mode, sql.LIST, engine.tenant.id, before, state, kind, tag, 51)
+        explain(planning, sql.LIST, engine.tenant.id, before, state, kind, tag, 51)

@@ -83,7 +83,7 @@ class Api:
 
 @pytest.fixture
 async def api(settings: Settings, tenant: Tenant) -> AsyncIterator[Api]:
-    from services.web.asgi import Application  # noqa: PLC0415  # Django must be set up
+    from services.web.asgi import Application  # Django must be set up
 
     store = Store(settings.database_url.get_secret_value(), pool=2)
     await store.open()
@@ -169,9 +169,9 @@ class AsyncOnly:
 
 @pytest.mark.usefixtures("servers")
 def test_middleware_that_would_hop_is_refused() -> None:
-    from django.conf import settings as django  # noqa: PLC0415  # Django must be set up
-    from django.core.checks import run_checks  # noqa: PLC0415
-    from django.test import override_settings  # noqa: PLC0415
+    from django.conf import settings as django  # Django must be set up
+    from django.core.checks import run_checks
+    from django.test import override_settings
 
     def found(*middleware: str) -> list[str]:
         with override_settings(API_MIDDLEWARE=[*django.API_MIDDLEWARE, *middleware]):

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headway.errors import BadRequest, TooLarge
@@ -25,6 +25,7 @@ KEPT = st.recursive(
 
 
 @given(KEPT)
+@settings(max_examples=40, deadline=None)
 def test_json_is_read_as_it_was_meant(value: Any) -> None:
     assert parse(json.dumps(value).encode()) == value
     assert parse(json.dumps(value, ensure_ascii=False).encode()) == value
