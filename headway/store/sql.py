@@ -106,14 +106,14 @@ WITH r AS (
     FROM finished JOIN r ON r.id = finished.id AND r.token = finished.token
     CROSS JOIN jsonb_to_recordset(r.artifacts)
         AS a (name text, content_type text, size bigint, sha256 text, key text)
+), told AS (
+    INSERT INTO events (job_id, seq, type, data)
+    SELECT id, seq, 'state', jsonb_build_object(
+        'state', state, 'attempt', attempt, 'at', {AT}, 'result', result, 'error', error, 'progress', progress
+    ) FROM finished
+    RETURNING job_id, data
 )
-INSERT INTO events (job_id, seq, type, data)
-SELECT id, seq, 'state', jsonb_build_object(
-    'state', state, 'attempt', attempt, 'at', {AT}, 'result', result, 'error', error, 'progress', progress
-) FROM finished
-RETURNING job_id AS id, seq, data,
-    (SELECT epoch FROM finished WHERE finished.id = job_id) AS epoch,
-    (SELECT token FROM finished WHERE finished.id = job_id) AS token
+SELECT id, token, epoch, seq, data FROM finished JOIN told ON told.job_id = finished.id
 """
 
 # The event by which an attempt ended its job, if it did: for a FINISH whose answer was lost. $1: id, $2: token
@@ -157,13 +157,14 @@ WITH dead AS (
         crashes = crashes + 1, token = token + 1, seq = seq + 1, lease_expires_at = NULL, worker = NULL
     FROM dead WHERE jobs.id = dead.id
     RETURNING jobs.id, kind, state, attempt, error, epoch, seq
+), told AS (
+    INSERT INTO events (job_id, seq, type, data)
+    SELECT id, seq, 'state', jsonb_strip_nulls(jsonb_build_object(
+        'state', state, 'attempt', attempt, 'at', {AT}, 'reason', 'worker died', 'error', error
+    )) FROM rescued
+    RETURNING job_id, data
 )
-INSERT INTO events (job_id, seq, type, data)
-SELECT id, seq, 'state', jsonb_strip_nulls(jsonb_build_object(
-    'state', state, 'attempt', attempt, 'at', {AT}, 'reason', 'worker died', 'error', error
-)) FROM rescued
-RETURNING job_id AS id, (SELECT epoch FROM rescued r WHERE r.id = job_id) AS epoch, seq, data,
-    (SELECT kind FROM rescued r WHERE r.id = job_id) AS kind
+SELECT id, kind, epoch, seq, data FROM rescued JOIN told ON told.job_id = rescued.id
 """
 
 # Hold on to what a worker runs. A lease that ran out is not taken up again. $1: ids, $2: tokens, $3: lease

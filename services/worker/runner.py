@@ -117,21 +117,22 @@ class Runner:
         attempt = self._attempts[key] = Attempt()
         context = Context(claim, self._parts, attempt.interrupt)
         began = time.monotonic()
-        with structlog.contextvars.bound_contextvars(
+        # The worker runs each claim in a task, and so in a context, of its own.
+        structlog.contextvars.bind_contextvars(
             job_id=str(claim.job_id), kind=claim.kind, attempt=claim.attempt, token=claim.token
-        ):
-            try:
-                outcome = await self._perform(claim, attempt, context)
-                progress = await context.close()
-                metrics.run_time.labels(claim.kind).observe(time.monotonic() - began)
-                await self._end(claim, attempt, outcome, progress, context.artifacts)
-            except LeaseLost as error:
-                log.warning("the lease was lost; nothing was written", error=str(error))
-                await self._delete(context.artifacts)
-            except Exception:
-                log.exception("an attempt could not be ended; its lease will run out")
-            finally:
-                del self._attempts[key]
+        )
+        try:
+            outcome = await self._perform(claim, attempt, context)
+            progress = await context.close()
+            metrics.run_time.labels(claim.kind).observe(time.monotonic() - began)
+            await self._end(claim, attempt, outcome, progress, context.artifacts)
+        except LeaseLost as error:
+            log.warning("the lease was lost; nothing was written", error=str(error))
+            await self._delete(context.artifacts)
+        except Exception:
+            log.exception("an attempt could not be ended; its lease will run out")
+        finally:
+            del self._attempts[key]
 
     async def _perform(self, claim: Claim, attempt: Attempt, context: Context) -> Outcome | None:
         """How the attempt ended; None if it was drained or lost.

@@ -69,8 +69,8 @@ async def run(options: Options, home: Path) -> Report:
     history.mkdir(parents=True)
     recorder = Recorder(history, "chaos")
     stack = Stack(options, home, recorder)
-    async with stack.open():
-        clients = Clients(stack, Random(f"clients {options.seed}"))
+    clients = Clients(stack, Random(f"clients {options.seed}"))
+    async with stack.open(), clients.open():
         faults = Faults(stack, clients, Random(f"faults {options.seed}"))
         began = time.monotonic()
         tasks = [asyncio.create_task(each) for each in (clients.run(), faults.run(), _say(began, clients, faults))]
@@ -136,14 +136,15 @@ def main() -> int:
         report = asyncio.run(_until_told(run(options, home)))
     except asyncio.CancelledError:
         echo("stopped before the end")
-        return 1
-    echo(report)
-    if report.violations:
+        failed, wanted = True, False
+    else:
+        echo(str(report))
+        failed = wanted = bool(report.violations)
+    if wanted or arguments.home:
         echo(f"the history and the logs are in {home}; seed {options.seed}")
-        return 1
-    if not arguments.home:
+    else:
         shutil.rmtree(home)
-    return 0
+    return int(failed)
 
 
 async def _until_told(work: Coroutine[object, object, Report]) -> Report:

@@ -5,6 +5,8 @@ import hashlib
 import json
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from random import Random
 from typing import Any
 from uuid import uuid4
@@ -44,13 +46,18 @@ class Clients:
         self._session: aiohttp.ClientSession | None = None
         self._under_way: set[asyncio.Task[None]] = set()
 
-    async def run(self) -> None:
-        """Submit for ever; what is under way when this is cancelled goes on to its end."""
-        self._session = aiohttp.ClientSession(
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[None]:
+        """Connections, for as long as jobs are submitted and clients want something of them."""
+        async with aiohttp.ClientSession(
             headers={"Authorization": f"Bearer {self._stack.api_key}"},
             timeout=TIMEOUT,
             connector=aiohttp.TCPConnector(limit=MOST_AT_ONCE),
-        )
+        ) as self._session:
+            yield
+
+    async def run(self) -> None:
+        """Submit for ever; what is under way when this is cancelled goes on to its end."""
         due = time.monotonic()
         while True:
             due += self._random.expovariate(self._stack.options.rate)
@@ -63,8 +70,6 @@ class Clients:
     async def end(self) -> None:
         """Wait for what is under way."""
         await asyncio.gather(*self._under_way)
-        if self._session is not None:
-            await self._session.close()
 
     async def _live(self, client: int) -> None:
         """One job, from submit to whatever its client wants of it."""

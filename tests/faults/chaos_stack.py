@@ -226,7 +226,7 @@ class Stack:
             "HEADWAY_KEY_PEPPER": PEPPER,
             "HEADWAY_KINDS": "tests.faults.chaos_kinds",
             "HEADWAY_SLOTS": "20",
-            "HEADWAY_DRAIN": "1",
+            "HEADWAY_DRAIN": "0.1",
             "HEADWAY_LOG_LEVEL": "WARNING",
             "CHAOS_HISTORY": str(self.history),
         }

@@ -40,15 +40,17 @@ async def idle(settings: Settings, tenant: Tenant) -> AsyncIterator[httpx.AsyncC
 async def submit(http: httpx.AsyncClient, seconds: float = 1, **more: Any) -> dict[str, Any]:
     answer = await http.post("/api/v1/jobs", json={"kind": "demo.countdown", "input": {"seconds": seconds}, **more})
     assert answer.status_code == 202, answer.text
-    return answer.json()
+    job: dict[str, Any] = answer.json()
+    return job
 
 
 async def ended(http: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
     async def job() -> dict[str, Any] | None:
-        job = (await http.get(f"/api/v1/jobs/{job_id}")).json()
-        return job if job["state"] in TERMINAL else None
+        found: dict[str, Any] = (await http.get(f"/api/v1/jobs/{job_id}")).json()
+        return found if found["state"] in TERMINAL else None
 
-    return await until(job)
+    ending: dict[str, Any] = await until(job)
+    return ending
 
 
 async def test_a_job_is_accepted_run_and_answered_with_its_result(service: Service) -> None:
@@ -166,7 +168,7 @@ async def test_a_running_job_is_stopped_and_a_finished_one_stays_as_it_is(servic
     path = f"/api/v1/jobs/{job['id']}"
 
     async def running() -> bool:
-        return (await service.http.get(path)).json()["state"] == "running"
+        return bool((await service.http.get(path)).json()["state"] == "running")
 
     await until(running)
     answers = [await service.http.post(f"{path}/cancel") for _ in range(2)]

@@ -139,7 +139,7 @@ async def test_followers_survive_the_loss_of_all_subscriptions(service: Service,
     async with socket(service.http, job["id"]) as ws, asyncio.timeout(15):
         frames = [json.loads(await ws.recv()), json.loads(await ws.recv())]
         await redis.flushall()
-        assert await redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub") > 0
+        assert await redis.client_kill_filter(_type="pubsub") > 0
         frames += await read(ws)
     assert check(frames, job["id"])[-1]["d"]["state"] == "succeeded"
 
@@ -226,7 +226,7 @@ async def test_a_reader_that_stops_reading_is_let_go(
             await until(lambda: connections() == before)
 
             async def nobody_listens() -> bool:
-                return await redis.pubsub_channels(f"*{job_id}*") == []
+                return not await redis.pubsub_channels(f"*{job_id}*")
 
             await until(nobody_listens)
             with pytest.raises(ConnectionClosed):
@@ -237,15 +237,16 @@ async def test_a_reader_that_stops_reading_is_let_go(
 
 @asynccontextmanager
 async def process(settings: Settings, *command: str, port: int, **environment: str) -> AsyncIterator[Process]:
-    """A server in a process of its own, once it answers on `port`."""
-    running = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", *command),
-        env=os.environ
-        | {"HEADWAY_DATABASE_URL": settings.database_url.get_secret_value(), "HEADWAY_HOME": str(settings.home)}
-        | environment,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+    """A server in a process of its own, once it answers on `port`; its log is the file `log` in the home folder."""
+    with (settings.home / "log").open("wb") as log:
+        running = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", *command),
+            env=os.environ
+            | {"HEADWAY_DATABASE_URL": settings.database_url.get_secret_value(), "HEADWAY_HOME": str(settings.home)}
+            | environment,
+            stdout=log,
+            stderr=log,
+        )
 
     async def answers() -> bool:
         assert running.returncode is None, f"{command[0]} has ended"
@@ -287,6 +288,7 @@ async def test_a_web_process_that_is_told_to_stop_says_so_and_exits_with_0(
         assert closed.value.rcvd is not None
         assert closed.value.rcvd.code == 1012
         assert await asyncio.wait_for(running.wait(), 10) == 0
+    assert "the web service has stopped" in (settings.home / "log").read_text()
 
 
 async def test_daphne_serves_the_same(settings: Settings, redis: Redis, tenant: Tenant) -> None:
@@ -306,3 +308,5 @@ async def test_daphne_serves_the_same(settings: Settings, redis: Redis, tenant: 
         assert (file.status_code, file.json()["size"]) == (201, 8)
         assert (await http.post("/api/v1/jobs", content=b"[")).json()["type"] == "urn:headway:problem:bad-request"
         assert (await http.head(f"/api/v1/jobs/{job['id']}")).headers["ETag"]
+    lines = (settings.home / "log").read_text().splitlines()
+    assert any(json.loads(line)["event"] == "request" for line in lines if line.startswith("{"))

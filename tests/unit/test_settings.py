@@ -22,7 +22,7 @@ def test_four_variables_are_enough_and_the_rest_has_defaults() -> None:
     assert (settings.port, settings.host, settings.slots) == (8000, "127.0.0.1", 20)
     assert settings.files_location == (Path(".headway").resolve() / "files").as_uri()
     with pytest.raises(ValidationError, match="frozen"):
-        settings.port = 1
+        setattr(settings, "port", 1)  # noqa: B010  # a type checker refuses it as well
 
 
 def test_values_of_every_shape_are_read() -> None:
