@@ -17,7 +17,7 @@ from django.http.response import HttpResponseBase
 from django.urls import get_resolver
 from django.utils.module_loading import import_string
 
-from headway.errors import MethodNotAllowed, NotFound
+from headway.errors import MethodNotAllowed, NotFound, Unavailable
 from services.web.api.answers import CLIENT_LEFT, nothing, on_exception, refuse
 from services.web.api.auth import bearer
 from services.web.api.request import ApiRequest
@@ -64,6 +64,9 @@ class ApiHandler(ASGIHandler):
             response = await self._view(request)
         except Http404:
             return refuse(NotFound(f"There is nothing at {request.path[:200]}; see /api/v1/docs."))
+        except asyncio.CancelledError:
+            # The time to drain is over: the server cancels what still runs, and would say 500 in its place.
+            return refuse(Unavailable("This process is being stopped; it is not known whether the request was done."))
         except Exception as error:
             return on_exception(request, error)
         if response.status_code == 405:
