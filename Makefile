@@ -1,6 +1,6 @@
 # Headway's front door. `make` alone prints the manual.
 .DEFAULT_GOAL := help
-.PHONY: help run test check docs bench lock clean
+.PHONY: help run test check docs bench chaos lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,6 +32,9 @@ docs: $(VENV)/dev.stamp ## Write docs/reference/ from the code
 
 bench: $(VENV)/dev.stamp ## Run the benchmarks
 	@for file in benchmarks/[a-z]*.py; do $(BIN)/python "$$file" || exit 1; done
+
+chaos: $(VENV)/dev.stamp ## Random faults under load: seconds=600, and seed=… to repeat a run
+	@$(BIN)/python -m tests.faults.chaos --seconds $(or $(seconds),600) $(if $(seed),--seed $(seed))
 
 lock: ## Write requirements/*.txt anew from pyproject.toml (needs uv); ARGS=--upgrade takes newer versions
 	$(LOCK) -o requirements/base.txt

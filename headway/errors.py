@@ -144,7 +144,7 @@ class Internal(Problem):
 
 
 class Unavailable(Problem):
-    """Postgres cannot be reached or is overloaded; nothing was accepted. Retry after the given seconds."""
+    """Postgres cannot be reached or is overloaded. Whether the request was done is not known; ask again later."""
 
     status, slug, title = 503, "unavailable", "Not available right now"
 

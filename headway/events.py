@@ -22,6 +22,13 @@ PREFIX = "headway"
 MOST_WAITING = 20_000
 AT_ONCE = 200
 
+# ARGV: channel, message, channel, message, …
+PUBLISH_ALL = """
+for place = 1, #ARGV, 2 do
+    redis.call('PUBLISH', ARGV[place], ARGV[place + 1])
+end
+"""
+
 log = structlog.get_logger(__name__)
 
 
@@ -37,13 +44,14 @@ class Layer(RedisPubSubChannelLayer):  # type: ignore[misc]
         host = {"address": redis_url, "socket_connect_timeout": 1, "socket_timeout": 5}
         super().__init__(hosts=[host], prefix=PREFIX)
         self.redis = connect(redis_url)
+        self._publish_all = self.redis.register_script(PUBLISH_ALL)
 
     async def group_send_all(self, messages: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Send each message to all subscribers of its group, in order."""
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for name, sent in messages:
-                pipe.publish(f"{PREFIX}__group__{name}", self.serialize(sent))
-            await pipe.execute()
+        arguments: list[str | bytes] = []
+        for name, sent in messages:
+            arguments += (f"{PREFIX}__group__{name}", self.serialize(sent))
+        await self._publish_all(args=arguments)
 
 
 def layer(redis_url: str) -> Layer:

@@ -46,7 +46,13 @@ class Files:
         parts = urlsplit(location)
         if parts.scheme != "file":
             raise InvalidSettings(f"HEADWAY_FILES_URL must be a file:/// URL, not {parts.scheme}://.")
-        self._store = LocalStore(Path(unquote(parts.path)), mkdir=True, automatic_cleanup=True)
+        folder = Path(unquote(parts.path))
+        try:
+            self._store = LocalStore(folder, mkdir=True, automatic_cleanup=True)
+        except OSError as error:
+            raise InvalidSettings(
+                f"Files cannot be kept in {folder}: {error}. Check HEADWAY_FILES_URL or HEADWAY_HOME."
+            ) from None
         self._max_size = max_size
 
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> Stored:

@@ -71,7 +71,10 @@ class JobContext(ABC):
 
     @abstractmethod
     async def log(self, message: str, *, level: str = "info") -> None:
-        """Add a line to the job's own log, which its owner sees as an event. At most 2,000 characters are kept."""
+        """Add a line to the job's own log, which its owner sees as an event. At most 2,000 characters are kept.
+
+        Waits out an outage of the database, after which the line may stand there twice.
+        """
 
     @abstractmethod
     async def save_checkpoint(self, value: Any) -> None:

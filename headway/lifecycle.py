@@ -4,8 +4,10 @@ Each change is committed first and announced after, also when its caller has gon
 job names the attempt's token; if it matches no row the attempt is over, and LeaseLost says so.
 """
 
+import asyncio
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,11 +22,14 @@ from headway.events import Events
 from headway.job import Claim, Ending, Event, Job, Priority
 from headway.queue import Queue
 from headway.states import JobState
-from headway.store import REFUSALS, Store
+from headway.store import OUTAGES, REFUSALS, Store
 from headway.store.batch import Batch
 
 LEASE = timedelta(seconds=15)
 MOST_CRASHES = 3
+# A submit that fails sooner than this is tried once more after a pause; one that waited longer is refused.
+SUBMIT_AGAIN = 2.0
+SUBMIT_PAUSE = 0.3
 MESSAGE = 2000
 
 
@@ -182,13 +187,24 @@ class Lifecycle:
         return job
 
     async def _submit_all(self, jobs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[Job, str | None]]:
-        accepted = await self._store.submit(jobs)
+        accepted = await self._insert(jobs)
         for job, position, first in accepted:
             if first is None:
                 metrics.jobs_submitted.labels(job.kind).inc()
                 if job.state is JobState.QUEUED:
                     self._queue.wake(job.id, position)
         return [(job, first) for job, _, first in accepted]
+
+    async def _insert(self, jobs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[Job, float, str | None]]:
+        """Insert, once more if the connection broke: whether the first try was committed is then known."""
+        began = time.monotonic()
+        try:
+            return await self._store.submit(jobs)
+        except OUTAGES:
+            if time.monotonic() - began > SUBMIT_AGAIN:
+                raise
+        await asyncio.sleep(SUBMIT_PAUSE)
+        return await self._store.submit(jobs)
 
     async def _report_all(
         self, reports: Sequence[tuple[Claim, Mapping[str, Any]]]

@@ -56,11 +56,10 @@ def servers() -> Iterator[Embedded]:
 
 @pytest.fixture
 def settings(servers: Embedded, tmp_path: Path) -> Iterator[Settings]:
-    """Settings of a fresh database, a fresh source `default`, an empty Redis and an empty home folder."""
+    """Settings of a fresh database, a source `default` that the fixture `source` makes, and an empty home folder."""
     name = f"t{uuid4().hex[:12]}"
     with psycopg.connect(servers.postgres_url("postgres"), autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
-        admin.execute(f"CREATE DATABASE {name}_source TEMPLATE template0")
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY file_copy")
         source = servers.postgres_url(f"{name}_source").replace("postgresql://", "postgresql+asyncpg://")
         yield headway_settings.load(
             {
@@ -72,7 +71,7 @@ def settings(servers: Embedded, tmp_path: Path) -> Iterator[Settings]:
             }
         )
         for database in (name, f"{name}_source"):
-            admin.execute(f"DROP DATABASE {database} WITH (FORCE)")
+            admin.execute(f"DROP DATABASE IF EXISTS {database} WITH (FORCE)")
 
 
 @pytest.fixture
@@ -95,9 +94,11 @@ async def database(settings: Settings) -> AsyncIterator[asyncpg.Connection]:
 
 
 @pytest.fixture
-async def source(settings: Settings) -> AsyncIterator[asyncpg.Connection]:
-    """A connection of the test's own to the source `default`."""
+async def source(servers: Embedded, settings: Settings) -> AsyncIterator[asyncpg.Connection]:
+    """The source `default`, empty, and a connection of the test's own to it."""
     url = settings.sources["default"].get_secret_value()
+    with psycopg.connect(servers.postgres_url("postgres"), autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {url.rpartition('/')[2]} TEMPLATE template0 STRATEGY file_copy")
     connection = await asyncpg.connect(url.replace("postgresql+asyncpg://", "postgresql://"))
     yield connection
     await connection.close()

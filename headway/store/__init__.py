@@ -3,8 +3,10 @@
 Only `headway.lifecycle` calls what changes a job.
 """
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -24,6 +26,8 @@ OUTAGES: tuple[type[BaseException], ...] = (
     TimeoutError,
     asyncpg.PostgresConnectionError,
     asyncpg.InterfaceError,
+    # A statement that is begun between Postgres' last word on a connection and its end.
+    asyncpg.InternalClientError,
     asyncpg.OperatorInterventionError,
     asyncpg.InsufficientResourcesError,
     asyncpg.ReadOnlySQLTransactionError,
@@ -71,8 +75,11 @@ class Store:
         await self._pool
 
     async def close(self) -> None:
+        """Disconnect, within seconds also from a Postgres that does not answer."""
         if self._pool is not None:
-            await self._pool.close()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._pool.close()
 
     async def rows(self, statement: str, *values: Any) -> list[asyncpg.Record]:
         """Run one statement on a connection of the pool. Waits at most 5 s for one.
@@ -94,15 +101,14 @@ class Store:
         """For each job its row, its position and, if its idempotency key was taken, the digest of the first request."""
         rows = {row["id"]: row for row in await self.rows(sql.SUBMIT, jobs)}
         return [
-            (_job(row), row["position"], None)
-            if (row := rows.get(UUID(job["id"])))
-            else await self._replay(UUID(job["tenant_id"]), job["idempotency_key"])
+            (_job(row), row["position"], None) if (row := rows.get(UUID(job["id"]))) else await self._there_already(job)
             for job in jobs
         ]
 
-    async def _replay(self, tenant_id: UUID, key: str) -> tuple[Job, float, str | None]:
-        row = (await self.rows(sql.REPLAY, tenant_id, key))[0]
-        return _job(row), 0.0, row["request_digest"]
+    async def _there_already(self, job: Mapping[str, Any]) -> tuple[Job, float, str | None]:
+        rows = await self.rows(sql.REPLAY, UUID(job["tenant_id"]), UUID(job["id"]), job["idempotency_key"])
+        mine = str(rows[0]["id"]) == job["id"]
+        return _job(rows[0]), rows[0]["position"], None if mine else rows[0]["request_digest"]
 
     async def promote(self, limit: int) -> list[tuple[Event, float]]:
         """The event and the position of each scheduled job that is due and now queued."""

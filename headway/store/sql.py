@@ -30,7 +30,8 @@ FLOWS = """
 PLACE = """start + priority / 4.0
         + power(4, priority) * (row_number() OVER (PARTITION BY tenant_id, priority ORDER BY id) - 1)"""
 
-# Insert jobs, each with its first event. One whose idempotency key is taken is left out of the answer.
+# Insert jobs, each with its first event. One that is there already is left out of the answer: it came with an
+# idempotency key that is taken, or it is sent again because the answer was lost.
 # $1: [{id, tenant_id, kind, input, tags, priority, timeout, max_attempts, run_at, delay, idempotency_key, digest}]
 SUBMIT = f"""
 WITH r AS (
@@ -50,7 +51,7 @@ WITH r AS (
         tags, priority, timeout, max_attempts, due, {PLACE}, idempotency_key, digest, 1
     FROM (SELECT *, coalesce(run_at, now() + delay * interval '1 second') AS due FROM r) r
     JOIN flows USING (tenant_id, priority)
-    ON CONFLICT (tenant_id, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
+    ON CONFLICT DO NOTHING
     RETURNING {JOB}, position
 ), told AS (
     INSERT INTO events (job_id, seq, type, data)
@@ -60,8 +61,11 @@ WITH r AS (
 SELECT {JOB}, position FROM new
 """
 
-# The job that a key was used for, and the digest of its request. $1: tenant, $2: idempotency key
-REPLAY = f"SELECT {JOB}, request_digest FROM jobs WHERE tenant_id = $1 AND idempotency_key = $2"
+# The job of this id, or else the one that the key was used for. $1: tenant, $2: id, $3: idempotency key
+REPLAY = f"""
+SELECT {JOB}, position, request_digest FROM jobs WHERE tenant_id = $1 AND (id = $2 OR idempotency_key = $3)
+ORDER BY id = $2 DESC LIMIT 1
+"""
 
 # Queue the scheduled jobs that are due. $1: how many
 PROMOTE = f"""
@@ -171,15 +175,15 @@ WITH r AS (
     FROM finished JOIN r ON r.id = finished.id AND r.token = finished.token
     CROSS JOIN jsonb_to_recordset(r.artifacts)
         AS a (name text, content_type text, size bigint, sha256 text, key text)
+), told AS (
+    INSERT INTO events (job_id, seq, type, data)
+    SELECT id, seq, 'state', jsonb_build_object(
+        'state', state, 'attempt', attempt, 'at', {AT}, 'result', result, 'error', error, 'progress', progress,
+        'run_at', CASE WHEN state = 'scheduled' THEN {RUN_AT} END
+    ) FROM finished
+    RETURNING job_id, data
 )
-INSERT INTO events (job_id, seq, type, data)
-SELECT id, seq, 'state', jsonb_build_object(
-    'state', state, 'attempt', attempt, 'at', {AT}, 'result', result, 'error', error, 'progress', progress,
-    'run_at', CASE WHEN state = 'scheduled' THEN {RUN_AT} END
-) FROM finished
-RETURNING job_id AS id, seq, data,
-    (SELECT epoch FROM finished WHERE finished.id = job_id) AS epoch,
-    (SELECT token FROM finished WHERE finished.id = job_id) AS token
+SELECT id, token, epoch, seq, data FROM finished JOIN told ON told.job_id = finished.id
 """
 
 # The event by which an attempt ended its job, if it did: for a FINISH whose answer was lost. $1: id, $2: token
@@ -279,10 +283,11 @@ SELECT {JOB}, data FROM cancelled, told
 GET = f"SELECT {JOB} FROM jobs WHERE id = $1 AND tenant_id = $2"
 
 # The newest jobs of a tenant, before a cursor. $1: tenant, $2: before id, $3: state, $4: kind, $5: tag, $6: how many
+# With the values known, what is NULL falls away and an index of its own serves each filter.
 LIST = f"""
 SELECT {JOB} FROM jobs
 WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2) AND ($3::text IS NULL OR state = $3)
-    AND ($4::text IS NULL OR kind = $4) AND ($5::text IS NULL OR $5 = ANY(tags))
+    AND ($4::text IS NULL OR kind = $4) AND ($5::text IS NULL OR (tags @> ARRAY[$5] AND tags <> '{{}}'))
 ORDER BY id DESC LIMIT $6
 """
 

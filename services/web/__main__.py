@@ -1,6 +1,7 @@
 """`python -m services.web`: uvicorn with the API, WebSockets and pages, and the operations port beside it."""
 
 import asyncio
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -45,12 +46,12 @@ async def serve(config: Settings) -> None:
     """Serve until SIGTERM or SIGINT; running requests get `drain` seconds to finish."""
     from services.web.asgi import application  # noqa: PLC0415  # after logging is set up
 
+    app = await application.open()
     server = uvicorn.Server(server_config(application, config))
 
     async def ready() -> str | None:
         if server.should_exit:
             return "draining"
-        app = await application.open()
         try:
             return None if await app.store.ready_check() else "the database is not migrated, or takes no writes"
         except OUTAGES as error:
@@ -58,7 +59,10 @@ async def serve(config: Settings) -> None:
 
     ops = Ops(config.ops_host, config.ops_port, ready)
     await ops.start()
-    log.info("the web service listens", host=config.host, port=config.port)
+    log.info("the web service starts", host=config.host, port=config.port)
+    for stop in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn takes these while it serves, and raises them anew when it has stopped: the process is to exit with 0.
+        signal.signal(stop, signal.SIG_IGN)
     await server.serve()
     await ops.stop()
     log.info("the web service has stopped")

@@ -9,8 +9,10 @@ import os
 from typing import Any
 
 import django
+import structlog
 from django.core.asgi import get_asgi_application
 
+from headway import logs
 from headway.settings import Settings
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "services.web.settings")
@@ -68,10 +70,13 @@ class Application:
         await send({"type": "lifespan.shutdown.complete"})
 
 
-def _application() -> Application:
+def __getattr__(name: str) -> Application:
+    """`application`, made when a server asks for it. One that is not ours, such as daphne, is given our logs too."""
+    if name != "application":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from services.web.settings import HEADWAY  # noqa: PLC0415  # read once, when Django was set up
 
-    return Application(HEADWAY)
-
-
-application = _application()
+    if not structlog.is_configured():
+        logs.configure(HEADWAY, "web")
+    globals()[name] = made = Application(HEADWAY)
+    return made

@@ -17,7 +17,7 @@ from django.http.response import HttpResponseBase
 from django.urls import get_resolver
 from django.utils.module_loading import import_string
 
-from headway.errors import MethodNotAllowed, NotFound
+from headway.errors import MethodNotAllowed, NotFound, Unavailable
 from services.web.api.answers import CLIENT_LEFT, nothing, on_exception, refuse
 from services.web.api.auth import bearer
 from services.web.api.request import ApiRequest
@@ -45,14 +45,17 @@ class ApiHandler(ASGIHandler):
         response = await self._middleware_chain(request)
         if response.status_code == CLIENT_LEFT:
             return
-        if not response.streaming and response.status_code != 304:
-            response.headers["Content-Length"] = str(len(response.content))
-        if not request.incoming.read:
-            await self._refuse_the_rest(request, response, send)
-        elif response.streaming:
+        if response.streaming:
             await self._stream(response, receive, send)
-        else:
-            await self.send_response(response, send)
+            return
+        if request.incoming.read:
+            await _send(response, send)
+            return
+        # The client still sends. If the connection closed now, the answer would be lost before it is read.
+        response.headers["Connection"] = "close"
+        await _send(response, send, more_body=True)
+        await request.incoming.discard(LINGER)
+        await send({"type": "http.response.body"})
 
     async def _answer(self, request: ApiRequest) -> HttpResponseBase:
         try:
@@ -61,6 +64,9 @@ class ApiHandler(ASGIHandler):
             response = await self._view(request)
         except Http404:
             return refuse(NotFound(f"There is nothing at {request.path[:200]}; see /api/v1/docs."))
+        except asyncio.CancelledError:
+            # The time to drain is over: the server cancels what still runs, and would say 500 in its place.
+            return refuse(Unavailable("This process is being stopped; it is not known whether the request was done."))
         except Exception as error:
             return on_exception(request, error)
         if response.status_code == 405:
@@ -85,18 +91,6 @@ class ApiHandler(ASGIHandler):
             response.streaming_content = nothing()  # type: ignore[attr-defined]
         return response
 
-    async def _refuse_the_rest(self, request: ApiRequest, response: HttpResponseBase, send: Any) -> None:
-        """Answer a client that still sends, and read on for a moment: if the connection closed now, the answer of which
-        the client has not read anything yet would be lost with it."""
-
-        async def send_open(message: Any) -> None:
-            await send({**message, "more_body": True} if message["type"] == "http.response.body" else message)
-
-        response.headers["Connection"] = "close"
-        await self.send_response(response, send_open)
-        await request.incoming.discard(LINGER)
-        await send({"type": "http.response.body"})
-
     async def _stream(self, response: HttpResponseBase, receive: Any, send: Any) -> None:
         """Send until the end, or until the client goes away."""
         sending = asyncio.create_task(self.send_response(response, send))
@@ -109,6 +103,16 @@ class ApiHandler(ASGIHandler):
             for task in (sending, leaving):
                 task.cancel()
             await asyncio.gather(sending, leaving, return_exceptions=True)
+
+
+async def _send(response: HttpResponseBase, send: Any, *, more_body: bool = False) -> None:
+    """Send an answer that is whole."""
+    content: bytes = response.content  # type: ignore[attr-defined]
+    headers = [(name.encode("ascii"), value.encode("latin1")) for name, value in response.items()]
+    if response.status_code != 304:
+        headers.append((b"content-length", b"%d" % len(content)))
+    await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+    await send({"type": "http.response.body", "body": content, "more_body": more_body})
 
 
 async def _disconnect(receive: Any) -> None:

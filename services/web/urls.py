@@ -8,6 +8,8 @@ from django.urls import path
 from django.views.generic import RedirectView
 from ninja import NinjaAPI
 from ninja.errors import HttpError, ValidationError
+from ninja.openapi.schema import OpenAPISchema
+from ninja.operation import Operation
 from ninja.parser import Parser
 
 from services.web.api import files, jobs, kinds
@@ -16,13 +18,24 @@ from services.web.api.bodies import parse
 
 
 class Api(NinjaAPI):
-    """django-ninja, without the answer that it prepares for each view: ours make their own."""
+    """django-ninja, of which only routes, validation and the description of the API are used."""
+
+    _unused = HttpResponse()
 
     def create_temporal_response(self, request: HttpRequest) -> HttpResponse:
-        return _UNUSED
+        """Every view makes its own answer."""
+        return self._unused
 
+    def get_openapi_operation_id(self, operation: Operation) -> str:
+        """`submit`, `get_job`: generated clients make methods of them."""
+        return operation.view_func.__name__
 
-_UNUSED = HttpResponse()
+    def get_openapi_schema(self, **options: Any) -> OpenAPISchema:
+        """`services.web.handler` asks for the key, before any view."""
+        schema = super().get_openapi_schema(**options)
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        schema["security"] = [{"key": []}]
+        return schema
 
 
 class StrictParser(Parser):
@@ -37,11 +50,6 @@ api = Api(
     version="1",
     description="Long jobs over HTTP, with progress you can trust. Errors are problem+json (RFC 9457).",
     urls_namespace="api",
-    openapi_extra={
-        # `services.web.handler` asks for the key, before any view.
-        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "security": [{"key": []}],
-    },
     parser=StrictParser(),
     docs_url="/docs",
 )
@@ -53,9 +61,12 @@ api.add_router("/kinds", kinds.router)
 
 admin.site.site_header = admin.site.site_title = "Headway"
 admin.site.index_title = "Operations"
+# It would take the room that the list of jobs needs, for a handful of links.
+admin.site.enable_nav_sidebar = False
 
 urlpatterns = [
     path("api/v1/", api.urls),
     path("admin/", admin.site.urls),
     path("", RedirectView.as_view(url="/admin/")),
+    path("favicon.ico", RedirectView.as_view(url="/static/ninja/favicon.png")),
 ]

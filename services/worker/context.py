@@ -3,11 +3,11 @@
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import structlog
@@ -30,6 +30,8 @@ YIELD_EVERY = 0.01
 # Names become part of a path, types become a header.
 ARTIFACT_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,200}")
 CONTENT_TYPE = re.compile(r"[ -~]{1,200}")
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -102,14 +104,14 @@ class Context(JobContext):
             self._yielded = time.monotonic()
 
     async def log(self, message: str, *, level: str = "info") -> None:
-        await self._parts.lifecycle.log(self._claim, message, level)
+        await _through_outages(lambda: self._parts.lifecycle.log(self._claim, message, level))
 
     async def save_checkpoint(self, value: Any) -> None:
-        await self._parts.lifecycle.save_checkpoint(self._claim, value)
+        await _through_outages(lambda: self._parts.lifecycle.save_checkpoint(self._claim, value))
         self.checkpoint = value
 
     async def open_file(self, file_id: UUID) -> StoredFile:
-        file = await self._parts.store.get_file(file_id, self._claim.tenant_id)
+        file = await _through_outages(lambda: self._parts.store.get_file(file_id, self._claim.tenant_id))
         if file is None:
             raise Fatal(f"There is no file {file_id}; upload it with POST /api/v1/files and use the id of the answer.")
         return StoredFile(file, self._parts.files)
@@ -185,6 +187,18 @@ class Context(JobContext):
             eta=eta,
         ).as_json()
         return self._shown
+
+
+async def _through_outages(call: Callable[[], Awaitable[T]]) -> T:
+    """Call until the database answers. A handler that waits here longer than its lease is interrupted."""
+    wait = 0.2
+    while True:
+        try:
+            return await call()
+        except OUTAGES as error:
+            log.warning("a call of the handler waits for the database", error=repr(error), wait=wait)
+        await asyncio.sleep(wait)
+        wait = min(wait * 2, 2.0)
 
 
 def _plain(number: float) -> float:

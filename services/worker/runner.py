@@ -88,6 +88,7 @@ class Runner:
         self._parts = parts
         self._attempts: dict[tuple[UUID, int], Attempt] = {}
         self._left_behind: set[asyncio.Task[Any]] = set()
+        self._abandoned = False
 
     @property
     def running(self) -> list[UUID]:
@@ -110,27 +111,32 @@ class Runner:
         for attempt in self._attempts.values():
             attempt.interrupt("drained")
 
+    def abandon(self) -> None:
+        """Write no ending again that an outage of the database has kept from being written."""
+        self._abandoned = True
+
     async def run(self, claim: Claim) -> None:
         """Perform the attempt and write how it ended. Raises nothing."""
         key = claim.job_id, claim.token
         attempt = self._attempts[key] = Attempt()
         context = Context(claim, self._parts, attempt.interrupt)
         began = time.monotonic()
-        with structlog.contextvars.bound_contextvars(
+        # The worker runs each claim in a task, and so in a context, of its own.
+        structlog.contextvars.bind_contextvars(
             job_id=str(claim.job_id), kind=claim.kind, attempt=claim.attempt, token=claim.token
-        ):
-            try:
-                outcome = await self._perform(claim, attempt, context)
-                progress = await context.close()
-                metrics.run_time.labels(claim.kind).observe(time.monotonic() - began)
-                await self._end(claim, attempt, outcome, progress, context.artifacts)
-            except LeaseLost as error:
-                log.warning("the lease was lost; nothing was written", error=str(error))
-                await self._delete(context.artifacts)
-            except Exception:
-                log.exception("an attempt could not be ended; its lease will run out")
-            finally:
-                del self._attempts[key]
+        )
+        try:
+            outcome = await self._perform(claim, attempt, context)
+            progress = await context.close()
+            metrics.run_time.labels(claim.kind).observe(time.monotonic() - began)
+            await self._end(claim, attempt, outcome, progress, context.artifacts)
+        except LeaseLost as error:
+            log.warning("the lease was lost; nothing was written", error=str(error))
+            await self._delete(context.artifacts)
+        except Exception:
+            log.exception("an attempt could not be ended; its lease will run out")
+        finally:
+            del self._attempts[key]
 
     async def _perform(self, claim: Claim, attempt: Attempt, context: Context) -> Outcome | None:
         """How the attempt ended; None if it was drained or lost.
@@ -201,7 +207,7 @@ class Runner:
         if outcome is None:
             await self._delete(artifacts)
             if attempt.reason == "drained":
-                await _insist(lambda: self._parts.lifecycle.release(claim))
+                await self._insist(lambda: self._parts.lifecycle.release(claim))
                 log.info("a job was given back")
             else:
                 log.warning("an attempt was stopped: its lease was lost")
@@ -223,13 +229,13 @@ class Runner:
             artifacts=artifacts if keep else (),
         )
         try:
-            await _insist(lambda: self._parts.lifecycle.finish(ending))
+            await self._insist(lambda: self._parts.lifecycle.finish(ending))
         except REFUSALS as refusal:
             log.warning("Postgres refuses the result", error=repr(refusal))
             detail = getattr(refusal, "detail", None) or ""
             error = HandlerFailed(kept(f"Postgres cannot keep the result: {refusal}. {detail}")).as_json()
             keep, ending = False, Ending(claim, JobState.FAILED, error=error, failure=error, progress=progress)
-            await _insist(lambda: self._parts.lifecycle.finish(ending))
+            await self._insist(lambda: self._parts.lifecycle.finish(ending))
         log.info("an attempt ended", state=ending.state.value, error=error and error["type"])
         if not keep:
             await self._delete(artifacts)
@@ -240,23 +246,24 @@ class Runner:
             return None
         return error.after if isinstance(error, Retry) else self._kinds[claim.kind].backoff(claim.attempt)
 
+    async def _insist(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Write, also over an outage of the database: until it is there, or someone else has the job."""
+        wait = 0.2
+        while True:
+            try:
+                return await write()
+            except OUTAGES as error:
+                if self._abandoned:
+                    raise
+                log.warning("the ending was not written; trying again", error=repr(error), wait=wait)
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, 2.0)
+
     async def _delete(self, artifacts: Sequence[Artifact]) -> None:
         try:
             await self._parts.files.delete([artifact.key for artifact in artifacts])
         except Exception:
             log.exception("artifacts that nobody will see were not deleted")
-
-
-async def _insist(write: Callable[[], Awaitable[None]]) -> None:
-    """Write, also over an outage of the database: until it is there, or someone else has the job."""
-    wait = 0.2
-    while True:
-        try:
-            return await write()
-        except OUTAGES as error:
-            log.warning("the ending was not written; trying again", error=repr(error), wait=wait)
-        await asyncio.sleep(wait)
-        wait = min(wait * 2, 2.0)
 
 
 def _interrupted(reason: str | None, claim: Claim) -> Outcome | None:

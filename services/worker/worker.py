@@ -107,12 +107,11 @@ class HeadwayWorker(Worker):
             log.info("draining", jobs=len(self.tasks), wait=wait)
             await asyncio.wait(self.tasks.values(), timeout=wait)
         self._runner.drain()
-        if left := list(self.tasks.values()):
-            _, left_over = await asyncio.wait(left, timeout=END_WITHIN)
-            for task in left_over:
-                log.error("a job could not be given back in time; it will be rescued")
-                task.cancel()
-            await asyncio.gather(*left_over, return_exceptions=True)
+        if self.tasks:
+            await asyncio.wait(self.tasks.values(), timeout=END_WITHIN)
+        if self.tasks:
+            log.error("jobs could not be given back in time; they will be rescued", jobs=len(self.tasks))
+            self._runner.abandon()
         if self.main_task is not None:
             self.main_task.cancel()
 

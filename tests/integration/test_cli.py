@@ -285,7 +285,7 @@ async def test_kinds_are_explained(headway: Shell) -> None:
         headway("kinds"), headway("kinds", "demo.countdown"), headway("kinds", "demo.countdown", "--json")
     )
 
-    assert "demo.countdown  Counts down" in every.out
+    assert "demo.countdown Counts down" in " ".join(every.out.split())
     assert "seconds  number  required  How long the job takes." in one.out
     assert json.loads(schema.out)["input_schema"]["required"] == ["seconds"]
 

@@ -179,27 +179,26 @@ async def test_a_file_with_too_many_bad_rows_fails_and_lists_them(
     assert await tables(source) == []
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "The file is empty"),
-        (b"\n\n", "The file is empty"),
-        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "Save it as CSV in UTF-8"),
-        (b"PK\x03\x04" + bytes(1000), "an Excel workbook"),
-        (b"a,b\n1,2\n3", "cut off there. Upload the whole file again"),
-        (b'a,b\n1,2\n3,"x\n4,5\n', "The row on line 3 has no closing quote"),
-        (b"a,b\n" + b"1,2\n" * 100_000 + b'3,"x\n', "The row on line 100,002 has no closing quote"),
-        (b",".join(b"c%d" % n for n in range(1601)) + b"\n", "1,601 columns"),
-        (b",".join([b"a"] * 1600) + b"\n" + b",".join([b"2.5"] * 1600) + b"\n", "row is too big"),
-    ],
-)
-async def test_a_file_that_is_no_whole_csv_file_fails_in_words_and_leaves_no_table(
-    service: Service, source: asyncpg.Connection, data: bytes, message: str
+async def test_what_is_no_whole_csv_file_fails_in_words_and_leaves_no_table(
+    service: Service, source: asyncpg.Connection
 ) -> None:
-    job = await ended(service, data)
+    cases = {
+        b"": "The file is empty",
+        b"\n\n": "The file is empty",
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR": "Save it as CSV in UTF-8",
+        b"PK\x03\x04" + bytes(1000): "an Excel workbook",
+        b"a,b\n1,2\n3": "cut off there. Upload the whole file again",
+        b'a,b\n1,2\n3,"x\n4,5\n': "The row on line 3 has no closing quote",
+        b"a,b\n" + b"1,2\n" * 100_000 + b'3,"x\n': "The row on line 100,002 has no closing quote",
+        b",".join(b"c%d" % n for n in range(1601)) + b"\n": "1,601 columns",
+        b",".join([b"a"] * 1600) + b"\n" + b",".join([b"2.5"] * 1600) + b"\n": "row is too big",
+    }
 
-    assert (job["state"], job["error"]["type"]) == ("failed", "fatal")
-    assert message in job["error"]["message"]
+    for data, message in cases.items():
+        job = await ended(service, data)
+
+        assert (job["state"], job["error"]["type"]) == ("failed", "fatal")
+        assert message in job["error"]["message"]
     assert await tables(source) == []
 
 
@@ -232,32 +231,30 @@ async def test_of_two_imports_into_one_table_one_succeeds(service: Service, sour
     assert await source.fetchval("SELECT count(*) FROM t") == 20_000
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "message"),
-    [
-        ("nowhere", "fatal", "There is no source 'nowhere'"),
-        ("lite", "fatal", "'lite' is not a Postgres database"),
-        ("reader", "fatal", "does not let its user make a table"),
-        ("gone", "handler-failed", "The source 'gone' cannot be reached"),
-    ],
-)
-async def test_a_source_that_cannot_take_a_table_is_named(service: Service, name: str, kind: str, message: str) -> None:
-    job = await ended(service, b"a\n1\n", source=name)
+async def test_a_source_that_cannot_take_a_table_is_named(service: Service) -> None:
+    cases = {
+        "nowhere": ("fatal", "There is no source 'nowhere'"),
+        "lite": ("fatal", "'lite' is not a Postgres database"),
+        "reader": ("fatal", "does not let its user make a table"),
+        "gone": ("handler-failed", "The source 'gone' cannot be reached"),
+    }
 
-    assert job["state"] == "failed"
-    assert job["error"]["type"] == kind
-    assert message in job["error"]["message"]
-    assert "none@" not in job["error"]["message"]
+    for name, (kind, message) in cases.items():
+        job = await ended(service, b"a\n1\n", source=name)
+
+        assert (job["state"], job["error"]["type"]) == ("failed", kind)
+        assert message in job["error"]["message"]
+        assert "none@" not in job["error"]["message"]
 
 
-@pytest.mark.parametrize("table", ["", "1a", "a-b", "a.b", 'a"b', "a" * 64, "tablé"])
-async def test_a_table_name_that_is_no_identifier_is_refused_at_once(service: Service, table: str) -> None:
-    answer = await service.http.post(
-        "/api/v1/jobs",
-        json={"kind": "csv.import", "input": {"file": "0192d3b0-7b5e-7000-8000-000000000000", "table": table}},
-    )
+async def test_a_table_name_that_is_no_identifier_is_refused_at_once(service: Service) -> None:
+    for table in ["", "1a", "a-b", "a.b", 'a"b', "a" * 64, "tablé", "a\n"]:
+        answer = await service.http.post(
+            "/api/v1/jobs",
+            json={"kind": "csv.import", "input": {"file": "0192d3b0-7b5e-7000-8000-000000000000", "table": table}},
+        )
 
-    assert answer.status_code == 422, answer.text
+        assert answer.status_code == 422, (table, answer.text)
 
 
 async def stop_by_cancel(service: Service, source: asyncpg.Connection, job_id: str) -> None:
@@ -270,9 +267,19 @@ async def stop_by_lost_connection(service: Service, source: asyncpg.Connection, 
     )
 
 
-@pytest.mark.parametrize(("stop", "state"), [(stop_by_cancel, "cancelled"), (stop_by_lost_connection, "failed")])
+@pytest.mark.parametrize(
+    ("stop", "state", "message"),
+    [
+        (stop_by_cancel, "cancelled", None),
+        (
+            stop_by_lost_connection,
+            "failed",
+            "ConnectionError: The source 'default' closed the connection during the import.",
+        ),
+    ],
+)
 async def test_an_import_that_is_stopped_midway_leaves_no_table(
-    service: Service, source: asyncpg.Connection, stop: Callable[..., Any], state: str
+    service: Service, source: asyncpg.Connection, stop: Callable[..., Any], state: str, message: str | None
 ) -> None:
     data = b"a,b,c,d\n" + rows(50_000) * 30
     job_id = await submit(service, data)
@@ -283,9 +290,30 @@ async def test_an_import_that_is_stopped_midway_leaves_no_table(
     job = await service.client.wait(job_id, timeout=5)
     assert job["state"] == state
     assert job["progress"]["done"] < len(data)
+    assert (job["error"] and job["error"]["message"]) == message
     assert await tables(source) == []
     # Nothing of it is left that would hold up the next.
     assert (await ended(service, b"a\n1\n"))["state"] == "succeeded"
+
+
+async def test_a_cancel_during_the_commit_comes_too_late(service: Service, source: asyncpg.Connection) -> None:
+    await source.execute("""
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1); RETURN NULL; END';
+        CREATE FUNCTION wait_at_commit() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
+            CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED
+                FOR EACH ROW EXECUTE FUNCTION wait();
+        END $$;
+        CREATE EVENT TRIGGER wait ON ddl_command_end WHEN TAG IN ('CREATE TABLE') EXECUTE FUNCTION wait_at_commit()
+    """)
+    job_id = await submit(service, b"a,b\n1,2\n")
+    await until(lambda: source.fetchval("SELECT 1 FROM pg_stat_activity WHERE query = 'COMMIT' AND state = 'active'"))
+
+    await service.client.cancel(job_id)
+
+    job = await service.client.wait(job_id, timeout=10)
+    assert job["cancel_requested_at"]
+    assert job["state"] == "succeeded"
+    assert await source.fetchval("SELECT count(*) FROM t") == 1
 
 
 @hypothesis_settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

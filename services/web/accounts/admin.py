@@ -8,6 +8,7 @@ from django.db.models import QuerySet
 from django.forms import ModelForm
 from django.http import HttpRequest
 from django.utils import timezone
+from django.utils.html import format_html
 
 from headway import keys
 from services.web.accounts.models import ApiKey, Job, Tenant
@@ -16,7 +17,11 @@ from services.web.accounts.models import ApiKey, Job, Tenant
 @admin.register(Tenant)
 class TenantAdmin(admin.ModelAdmin):
     list_display = ("name", "id", "created_at")
+    fields = ("name", "id", "created_at")
     readonly_fields = ("id", "created_at")
+
+    def get_fields(self, request: HttpRequest, obj: Tenant | None = None) -> tuple[str, ...]:
+        return self.fields if obj else ("name",)
 
 
 @admin.register(ApiKey)
@@ -28,6 +33,9 @@ class ApiKeyAdmin(admin.ModelAdmin):
     fields = ("tenant", "name", "expires_at", "id", "created_at", "revoked_at")
     readonly_fields = ("id", "created_at", "revoked_at")
     actions = ("revoke",)
+
+    def get_fields(self, request: HttpRequest, obj: ApiKey | None = None) -> tuple[str, ...]:
+        return self.fields if obj else ("tenant", "name", "expires_at")
 
     def get_readonly_fields(self, request: HttpRequest, obj: ApiKey | None = None) -> tuple[str, ...]:
         return (*self.readonly_fields, "tenant") if obj else self.readonly_fields
@@ -47,18 +55,30 @@ class ApiKeyAdmin(admin.ModelAdmin):
     @admin.action(description="Revoke the selected keys")
     def revoke(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> None:
         count = queryset.filter(revoked_at=None).update(revoked_at=timezone.now())
-        messages.success(request, f"{count} keys revoked. They stop working within five seconds.")
+        messages.success(request, f"{count} key{'' if count == 1 else 's'} revoked; that takes effect in five seconds.")
 
 
 @admin.register(Job)
 class JobAdmin(admin.ModelAdmin):
     """Jobs can be looked at; only the lifecycle changes them."""
 
-    list_display = ("id", "tenant", "kind", "state", "attempt", "created_at", "finished_at")
+    list_display = ("whole_id", "kind", "state", "tenant", "attempt", "created", "finished")
     list_filter = ("state", "kind", "tenant")
     search_fields = ("=id",)
     list_select_related = ("tenant",)
     show_full_result_count = False
+
+    @admin.display(description="id", ordering="id")
+    def whole_id(self, job: Job) -> str:
+        return format_html('<span style="white-space: nowrap">{}</span>', job.id)
+
+    @admin.display(ordering="created_at")
+    def created(self, job: Job) -> str:
+        return f"{job.created_at:%Y-%m-%d %H:%M:%S}"
+
+    @admin.display(ordering="finished_at")
+    def finished(self, job: Job) -> str | None:
+        return f"{job.finished_at:%Y-%m-%d %H:%M:%S}" if job.finished_at else None
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False

@@ -3,11 +3,14 @@
 from typing import ClassVar
 
 from django.contrib.postgres.fields import ArrayField
+from django.contrib.postgres.indexes import GinIndex
 from django.db import models
 from django.db.models.functions import Now
 from uuid_utils.compat import uuid7
 
-from headway.states import JobState
+from headway.states import TERMINAL, JobState
+
+OPEN = [state.value for state in JobState if state not in TERMINAL]
 
 
 class Tenant(models.Model):
@@ -38,6 +41,7 @@ class ApiKey(models.Model):
 
     class Meta:
         db_table = "api_keys"
+        verbose_name = "API key"
         ordering: ClassVar = ["tenant", "name"]
 
     def __str__(self) -> str:
@@ -96,10 +100,13 @@ class Job(models.Model):
                 fields=["tenant", "priority", "position"], name="jobs_flows", condition=models.Q(state="queued")
             ),
             models.Index(fields=["run_at"], name="jobs_due", condition=models.Q(state="scheduled")),
-            models.Index(fields=["lease_expires_at"], name="jobs_leases", condition=models.Q(state="running")),
+            # What workers look for. No column of it changes when a lease is renewed or progress is written, so that
+            # such an update touches no index.
+            models.Index(fields=["state", "id"], name="jobs_open", condition=models.Q(state__in=OPEN)),
             models.Index(fields=["tenant", "-id"], name="jobs_listing"),
             models.Index(fields=["tenant", "state", "-id"], name="jobs_by_state"),
             models.Index(fields=["tenant", "kind", "-id"], name="jobs_by_kind"),
+            GinIndex(fields=["tags"], name="jobs_by_tag", condition=~models.Q(tags=[]), fastupdate=False),
         ]
 
     def __str__(self) -> str:

@@ -65,7 +65,7 @@ def problem(error: Exception) -> Problem:
         return BadRequest(f"The request is refused: {error}.")
     if isinstance(error, OUTAGES):
         log.warning("the database is not available", error=repr(error))
-        return Unavailable("The database cannot be reached; nothing was changed. Try again in a moment.")
+        return Unavailable("The database cannot be reached; it is not known whether the request was done. Try again.")
     log.error("a request failed", exc_info=error)
     return Internal("Something broke here; the X-Request-Id of this answer finds it in the log.")
 

@@ -22,6 +22,8 @@ class Disconnected(Exception):
 class Body:
     """The bytes that a request sends, as they arrive."""
 
+    __slots__ = ("_receive", "length", "read")
+
     def __init__(self, receive: Receive, length: int | None) -> None:
         self._receive = receive
         self.length = length

@@ -31,9 +31,9 @@ class Named(Schema):
 @router.post(
     "",
     summary="Upload a file",
+    response={201: None},
     openapi_extra={
         "requestBody": {"content": {"*/*": {"schema": {"type": "string", "format": "binary"}}}, "required": True},
-        "responses": {201: {"description": "Stored"}},
     },
 )
 async def upload(request: ApiRequest, named: Query[Named]) -> HttpResponse:

@@ -36,9 +36,11 @@ class Submission(Schema):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    kind: str = Field(max_length=200, description="One of `GET /kinds`.", examples=["csv.import"])
-    input: Any = Field(description="What the kind works on; its input_schema says what fits.")
-    tags: list[Tag] = Field(default=[], max_length=20, description="Words to find the job by.")
+    kind: str = Field(max_length=200, description="One of `GET /kinds`.", examples=["demo.countdown"])
+    input: Any = Field(
+        description="What the kind works on; its input_schema says what fits.", examples=[{"seconds": 5}]
+    )
+    tags: list[Tag] = Field(default=[], max_length=20, description="Words to find the job by.", examples=[["first"]])
     priority: Literal["high", "normal", "low"] = Field(
         default="normal", description="Which of the tenant's jobs go first; low ones wait longer, but not for ever."
     )
@@ -47,7 +49,11 @@ class Submission(Schema):
     )
     delay: float | None = Field(default=None, ge=0, le=FARTHEST, description="Seconds to wait, instead of run_at.")
     timeout: float | None = Field(
-        default=None, gt=0, le=LONGEST, description="Seconds an attempt may run; the kind's own if left out."
+        default=None,
+        gt=0,
+        le=LONGEST,
+        description="Seconds an attempt may run; the kind's own if left out.",
+        examples=[60],
     )
     max_attempts: int | None = Field(
         default=None, ge=1, le=100, description="Attempts it may take; the kind's own number if left out."
@@ -76,7 +82,7 @@ class Filter(Schema):
     cursor: str | None = Field(default=None, max_length=100, description="`next_cursor` of the page before.")
 
 
-@router.post("", summary="Submit a job", openapi_extra={"responses": {202: {"description": "Accepted and committed"}}})
+@router.post("", summary="Submit a job", response={202: None})
 async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
     """Answers 202 once the job is committed; `Location` is where to follow it."""
     request.only()
@@ -130,7 +136,7 @@ async def get_job(request: ApiRequest, job_id: UUID) -> HttpResponse:
     return answer(job.as_json(), headers={"ETag": etag})
 
 
-@router.post("/{uuid:job_id}/cancel", summary="Cancel a job")
+@router.post("/{uuid:job_id}/cancel", summary="Cancel a job", response={200: None, 202: None})
 async def cancel(request: ApiRequest, job_id: UUID) -> HttpResponse:
     """202 while a running job is being stopped; 200 with the job as it ended if it is over."""
     request.only()

@@ -31,8 +31,8 @@ TRY_AGAIN = 1013
 log = structlog.get_logger(__name__)
 
 
-class Stalled(Exception):
-    """The client does not read what it is sent."""
+class ClientLeft(Exception):
+    """The client has gone, or does not read what it is sent."""
 
 
 class JobConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
@@ -67,9 +67,9 @@ class JobConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
                     await Following(app, principal, job_id, follower, self).run()
             except Unauthenticated as error:
                 await self.close(UNAUTHORISED, str(error)[:120])
-            except Stalled:
-                # A close frame would wait in the same line; the server drops the peer when it answers no ping.
-                log.warning("a client does not read; nothing more is sent to it")
+            except ClientLeft:
+                # Not closed: the close frame would wait in line. The server drops a peer that answers no ping.
+                pass
             except OUTAGES as error:
                 log.warning("a socket was closed: the database is not available", error=repr(error))
                 await self.close(TRY_AGAIN, "The database cannot be reached; connect again in a moment.")
@@ -168,7 +168,11 @@ class Following:
             async with asyncio.timeout(PATIENCE):
                 await self._socket.send(text_data=frame)
         except TimeoutError:
-            raise Stalled from None
+            log.warning("a client does not read; nothing more is sent to it")
+            raise ClientLeft from None
+        except OSError as error:
+            log.debug("a client has gone", error=repr(error))
+            raise ClientLeft from None
 
 
 def _token(headers: list[tuple[bytes, bytes]]) -> str:

@@ -18,7 +18,8 @@ from services.worker.kinds.csv_table import NewTable, connected
 HEAD = 256 << 10
 # COPY begins with the types of the first rows; the rest is checked against them while it is sent.
 SAMPLE = 256 << 10
-# Checked on the event loop in about a millisecond; a thread of its own would hold the loop up for longer.
+# Checked on the event loop in about a millisecond, then it is others' turn. A thread would hold them up for longer: it
+# gives way only every five.
 PIECE = 64 << 10
 
 
@@ -48,7 +49,7 @@ class ImportResult(BaseModel):
     seconds: float
 
 
-@kind("csv.import", timeout="4h")
+@kind("csv.import", timeout="1h")
 async def import_csv(job: JobContext, input: ImportInput) -> ImportResult:
     """Import a CSV file into a new table of a source, with types that hold every value of each column.
 
@@ -81,14 +82,7 @@ class _Misfit(Exception):
 class _Import:
     """Fills and commits the table, in one pass over the file where the first rows tell the types, in two if not."""
 
-    def __init__(
-        self,
-        job: JobContext,
-        file: InputFile,
-        layout: Layout,
-        rejects: Rejects,
-        table: NewTable,
-    ) -> None:
+    def __init__(self, job: JobContext, file: InputFile, layout: Layout, rejects: Rejects, table: NewTable) -> None:
         self._job = job
         self._file = file
         self._layout = layout
@@ -116,6 +110,8 @@ class _Import:
             reader = RowReader(self._layout, reader.types)
             async with aclosing(self._checked(reader, number=2)) as checked:
                 await self._fill(reader, b"", checked)
+        # Nothing comes after the commit that could still fail or be cancelled.
+        await self._rejects.close()
         await self._table.commit()
         return reader
 
@@ -190,6 +186,7 @@ async def _pieces(file: InputFile, start: int) -> AsyncIterator[bytes]:
     async for chunk in file.chunks(start=start):
         for place in range(0, len(chunk), PIECE):
             yield chunk[place : place + PIECE]
+            await asyncio.sleep(0)
 
 
 async def _first(rows: AsyncIterator[bytes], size: int) -> bytes:

@@ -31,9 +31,13 @@ class Rejects:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, Fatal):
-            await self._open.aclose()
+            await self.close()
         else:
             await self._open.__aexit__(kind, error, traceback)
+
+    async def close(self) -> None:
+        """Complete the artifact."""
+        await self._open.aclose()
 
     @property
     def examples(self) -> str:

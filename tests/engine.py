@@ -1,0 +1,221 @@
+"""The engine without HTTP: store, queue, events and lifecycle on real servers, and jobs whose handler a test writes."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4
+
+import asyncpg
+import psycopg
+from pydantic import BaseModel, SecretStr
+from redis.asyncio import Redis
+
+from headway import JobContext, kind
+from headway import settings as headway_settings
+from headway.embedded import Embedded
+from headway.events import Events, Layer, group
+from headway.files import Files
+from headway.job import Claim, Event, Job, Priority
+from headway.lifecycle import LEASE, Lifecycle, NewJob
+from headway.queue import Queue, connect
+from headway.settings import Settings
+from headway.store import Store, prepare
+from services.worker.app import App
+from tests.conftest import TEMPLATE, Tenant, make_tenant, until
+from tests.faults.proxy import Proxy
+
+DATABASE = "headway_engine"
+
+Handler = Callable[[JobContext], Awaitable[Any]]
+
+_handlers: dict[str, Handler] = {}
+
+
+class Call(BaseModel):
+    handler: str
+
+
+@kind("test.call", timeout="30s")
+async def call(job: JobContext, input: Call) -> Any:
+    """Runs a function of the test."""
+    return await _handlers[input.handler](job)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a worker and the web service are made of."""
+
+    settings: Settings
+    tenant: Tenant
+    database: asyncpg.Connection
+    store: Store
+    queue: Queue
+    layer: Layer
+    lifecycle: Lifecycle
+    files: Files
+
+    async def submit(self, handler: Handler, *, timeout: float = 30, max_attempts: int = 1) -> UUID:
+        """A job that runs `handler`, which must be in this process."""
+        _handlers[name := uuid4().hex] = handler
+        return await self.submit_kind("test.call", {"handler": name}, timeout=timeout, max_attempts=max_attempts)
+
+    async def submit_kind(self, kind: str, input: Any, *, timeout: float = 30, max_attempts: int = 1) -> UUID:
+        new = NewJob(self.tenant.id, kind, input, (), Priority.NORMAL, timeout, max_attempts)
+        return (await self.lifecycle.submit(new))[0].id
+
+    async def claim(self, job_id: UUID, kind: str = "test.call") -> Claim:
+        """Claim as a worker does. Fails if the job is not to be had."""
+        [claim] = await self.lifecycle.claim([job_id], [kind], "a worker of the test")
+        return claim
+
+    async def expire(self, job_id: UUID) -> None:
+        """Let the lease run out now."""
+        await self.database.execute("UPDATE jobs SET lease_expires_at = now() - interval '1 ms' WHERE id = $1", job_id)
+
+    async def job(self, job_id: UUID) -> Job:
+        job = await self.store.get(job_id, self.tenant.id)
+        assert job is not None
+        return job
+
+    async def state(self, job_id: UUID) -> str:
+        return await self.database.fetchval("SELECT state FROM jobs WHERE id = $1", job_id)
+
+    async def ended(self, job_id: UUID, within: float = 10) -> Job:
+        """The job once it is terminal."""
+
+        async def terminal() -> Job | None:
+            job = await self.job(job_id)
+            return job if job.state.terminal else None
+
+        return await until(terminal, within)
+
+    async def running(self, job_id: UUID) -> None:
+        """Returns once the job is claimed."""
+
+        async def claimed() -> bool:
+            return await self.state(job_id) == "running"
+
+        await until(claimed)
+
+    async def events(self, job_id: UUID) -> list[Event]:
+        """The stored events."""
+        return await self.store.events(job_id, self.tenant.id, after=0, limit=1000)
+
+    async def row(self, job_id: UUID) -> dict[str, Any]:
+        """All columns of the job."""
+        return dict(await self.database.fetchrow("SELECT * FROM jobs WHERE id = $1", job_id))
+
+    @asynccontextmanager
+    async def heard(self, job_id: UUID) -> AsyncIterator[list[dict[str, Any]]]:
+        """The messages that are published for a job, as they come."""
+        heard: list[dict[str, Any]] = []
+        subscribed = asyncio.Event()
+        channel = await self.layer.new_channel()
+        await self.layer.group_add(group(job_id), channel)
+
+        async def listen() -> None:
+            while True:
+                message = await self.layer.receive(channel)
+                if message["type"] == "probe":
+                    subscribed.set()
+                else:
+                    heard.append(message)
+
+        async def probe() -> bool:
+            await self.layer.group_send(group(job_id), {"type": "probe"})
+            return subscribed.is_set()
+
+        listening = asyncio.create_task(listen())
+        await until(probe)
+        try:
+            yield heard
+        finally:
+            listening.cancel()
+            await asyncio.gather(listening, return_exceptions=True)
+
+
+@asynccontextmanager
+async def engine(servers: Embedded, home: Path, **changed: Any) -> AsyncIterator[Engine]:
+    """An engine on an empty database and an empty Redis. `changed` are settings in other words than the usual."""
+    settings = _settings(servers, home).model_copy(update=changed)
+    async with Redis.from_url(servers.redis_url) as redis:
+        await redis.flushall()
+    database = await asyncpg.connect(servers.postgres_url(DATABASE))
+    try:
+        await prepare(database)
+        tenant = await make_tenant(database, "default")
+        async with parts(settings, tenant, database) as engine:
+            yield engine
+    finally:
+        await database.close()
+
+
+@asynccontextmanager
+async def parts(settings: Settings, tenant: Tenant, database: asyncpg.Connection) -> AsyncIterator[Engine]:
+    """An engine with connections of its own."""
+    url = settings.redis_url.get_secret_value()
+    store, queue, layer = Store(settings.database_url.get_secret_value(), pool=5), Queue(connect(url)), Layer(url)
+    await store.open()
+    events = Events(layer)
+    files = Files(settings.files_location, max_size=settings.max_file)
+    try:
+        yield Engine(settings, tenant, database, store, queue, layer, Lifecycle(store, queue, events), files)
+    finally:
+        await queue.close()
+        await events.close()
+        await store.close()
+
+
+@asynccontextmanager
+async def worker(settings: Settings, *, lease: timedelta = LEASE) -> AsyncIterator[App]:
+    """A worker in this process. Leaving drains it."""
+    app = await App.open(settings, lease=lease)
+    running = asyncio.create_task(app.worker.async_run())
+    try:
+        yield app
+    finally:
+        await app.worker.drain(settings.drain)
+        await asyncio.gather(running, return_exceptions=True)
+        await app.close()
+
+
+@asynccontextmanager
+async def behind_proxy(settings: Settings) -> AsyncIterator[tuple[Proxy, Settings]]:
+    """A proxy before Postgres, and settings that go through it."""
+    url = settings.database_url.get_secret_value()
+    port = urlsplit(url).port
+    assert port is not None
+    async with Proxy(port) as proxy:
+        yield proxy, settings.model_copy(update={"database_url": SecretStr(url.replace(str(port), str(proxy.port)))})
+
+
+def counted(metric: Any, **labels: str) -> float:
+    """What a metric of this process stands at."""
+    samples = (sample for family in metric.collect() for sample in family.samples)
+    return next((sample.value for sample in samples if sample.labels == labels), 0.0)
+
+
+def _settings(servers: Embedded, home: Path) -> Settings:
+    """Settings of a database that all tests of the engine share, emptied: that is quicker than to make one each."""
+    with psycopg.connect(servers.postgres_url("postgres"), autocommit=True) as admin:
+        if not admin.execute("SELECT FROM pg_database WHERE datname = %s", [DATABASE]).rowcount:
+            admin.execute(f"CREATE DATABASE {DATABASE} TEMPLATE {TEMPLATE}")
+        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [DATABASE])
+    with psycopg.connect(servers.postgres_url(DATABASE), autocommit=True) as database:
+        for table in ("artifacts", "events", "jobs", "files", "kinds", "api_keys", "tenants"):
+            database.execute(f"DELETE FROM {table}")
+    return headway_settings.load(
+        {
+            **{key: os.environ[key] for key in ("HEADWAY_REDIS_URL", "HEADWAY_SECRET_KEY", "HEADWAY_KEY_PEPPER")},
+            "HEADWAY_DATABASE_URL": servers.postgres_url(DATABASE),
+            "HEADWAY_HOME": str(home),
+            "HEADWAY_DRAIN": "2",
+            "HEADWAY_KINDS": __name__,
+        }
+    )

@@ -1,0 +1,359 @@
+"""JobContext: what a handler can say and hold, and what it costs."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from uuid_utils.compat import uuid7
+
+from headway import Fatal, JobContext
+from headway.embedded import Embedded
+from headway.errors import LeaseLost, TooLarge
+from headway.files import file_key
+from headway.job import Claim, File
+from headway.states import JobState
+from services.worker.context import Context, Parts
+from tests.conftest import make_tenant, until
+from tests.engine import Engine, behind_proxy, parts, worker
+from tests.engine import engine as make_engine
+
+SOURCE = "postgresql+asyncpg://somewhere/else"
+
+
+@pytest.fixture
+async def engine(servers: Embedded, tmp_path: Path) -> AsyncIterator[Engine]:
+    async with make_engine(servers, tmp_path, max_file=100_000) as engine:
+        yield engine
+
+
+@pytest.fixture
+async def claim(engine: Engine) -> Claim:
+    return await engine.claim(await engine.submit_kind("test.call", {}))
+
+
+@pytest.fixture
+def interruptions() -> list[str]:
+    return []
+
+
+@pytest.fixture
+async def job(engine: Engine, claim: Claim, interruptions: list[str]) -> AsyncIterator[Context]:
+    """The context of a job that is running, without a worker around it."""
+    settings = engine.settings.model_copy(update={"sources": {"default": SecretStr(SOURCE)}})
+    context = Context(claim, Parts(settings, engine.store, engine.lifecycle, engine.files), interruptions.append)
+    yield context
+    await context.close()
+
+
+async def progress(engine: Engine, job: JobContext) -> Mapping[str, Any] | None:
+    return (await engine.job(job.id)).progress
+
+
+# -- report --------------------------------------------------------------------------------------------------------
+
+
+async def test_the_first_report_is_written_at_once(engine: Engine, job: Context) -> None:
+    await job.report(1, 4, "reading", unit="rows", counts={"bad": 1})
+
+    async def written() -> Mapping[str, Any] | None:
+        return await progress(engine, job)
+
+    assert await until(written) == {
+        **{"done": 1, "total": 4, "unit": "rows", "message": "reading", "counts": {"bad": 1}},
+        **{"rate": None, "eta": None},
+    }
+
+
+async def test_a_million_reports_cost_a_handful_of_statements(engine: Engine, job: Context, claim: Claim) -> None:
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    for done in range(1_000_000):
+        await job.report(done)
+    newest = await job.close()
+    seconds = loop.time() - began
+
+    assert newest is not None
+    assert newest["done"] == 999_999
+    # Ten a second, and the first at once. Of the job's events two are older: queued, running.
+    assert 2 <= (await engine.job(claim.job_id)).seq - 2 <= seconds * 10 + 2
+
+
+async def test_a_loop_that_only_reports_lets_others_run(job: Context) -> None:
+    ran = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.05, ran.set)
+    while not ran.is_set():
+        await job.report(1)
+
+
+async def test_reports_of_many_jobs_share_statements(engine: Engine) -> None:
+    ids = [await engine.submit_kind("test.call", {}) for _ in range(100)]
+    claims = await engine.lifecycle.claim(ids, ["test.call"], "a worker")
+    shared = Parts(engine.settings, engine.store, engine.lifecycle, engine.files)
+    contexts = [Context(claim, shared, lambda _: None) for claim in claims]
+    for context in contexts:
+        await context.report(1)
+
+    async def written() -> bool:
+        return not await engine.database.fetchval("SELECT count(*) FROM jobs WHERE progress IS NULL")
+
+    await until(written)
+    assert await engine.database.fetchval("SELECT count(DISTINCT xmin::text) FROM jobs") <= 5
+    await asyncio.gather(*(context.close() for context in contexts))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf"), 10**400, "3", None, 1j])
+async def test_a_report_that_is_not_a_number_is_the_handlers_error(job: Context, number: Any) -> None:
+    with pytest.raises((ValueError, TypeError, OverflowError)):
+        await job.report(number)
+    if number is not None:
+        with pytest.raises((ValueError, TypeError, OverflowError)):
+            await job.report(1, number)
+
+
+@pytest.mark.parametrize("number", [Decimal("1.5"), Fraction(3, 2), 1.5])
+async def test_numbers_of_every_kind_are_kept(job: Context, number: Any) -> None:
+    await job.report(number, number * 2, counts=MappingProxyType({"rows": 7}))
+
+    shown = await job.close()
+
+    assert shown is not None
+    assert json.dumps((shown["done"], shown["total"], shown["counts"])) == '[1.5, 3.0, {"rows": 7}]'
+
+
+async def test_text_that_postgres_cannot_keep_is_made_fit(engine: Engine, job: Context) -> None:
+    await job.report(1, message="NUL \0, half a pair \ud800" + "." * 5000, unit="\0rows", counts={"\0": 1})
+
+    async def written() -> Mapping[str, Any] | None:
+        return await progress(engine, job)
+
+    shown = await until(written)
+    assert shown["unit"] == "rows"
+    assert 1900 < len(shown["message"]) <= 2000
+
+
+async def test_a_report_brings_the_news_that_the_job_is_to_be_cancelled(
+    engine: Engine, job: Context, interruptions: list[str]
+) -> None:
+    await engine.lifecycle.cancel(job.id, engine.tenant.id)
+    await job.report(1)
+
+    await until(lambda: interruptions)
+    assert interruptions == ["cancelled"]
+
+
+async def test_a_report_brings_the_news_that_the_lease_is_lost(
+    engine: Engine, job: Context, interruptions: list[str]
+) -> None:
+    await engine.expire(job.id)
+    await engine.lifecycle.rescue(1)
+    await job.report(1)
+
+    await until(lambda: interruptions)
+    assert interruptions == ["lost"]
+    assert await progress(engine, job) is None
+
+
+async def test_a_report_under_an_outage_is_written_after_it(engine: Engine, claim: Claim) -> None:
+    async with (
+        behind_proxy(engine.settings) as (proxy, settings),
+        parts(settings, engine.tenant, engine.database) as behind,
+    ):
+        context = Context(claim, Parts(settings, behind.store, behind.lifecycle, behind.files), lambda _: None)
+        await context.report(1)
+
+        async def written() -> bool:
+            return (await progress(engine, context) or {}).get("done") == 1
+
+        await until(written)
+        cut = proxy.cut_reply()
+        await context.report(2)
+        await cut
+
+        async def written_again() -> bool:
+            return (await engine.job(claim.job_id)).seq == 5
+
+        await until(written_again)
+        assert (await progress(engine, context) or {})["done"] == 2
+        await context.close()
+
+
+async def test_nothing_is_reported_after_the_end(engine: Engine, job: Context) -> None:
+    await job.report(1)
+    await job.close()
+    seq = (await engine.job(job.id)).seq
+
+    with pytest.raises(LeaseLost):
+        await job.report(2)
+
+    assert (await engine.job(job.id)).seq == seq
+
+
+async def test_a_report_that_is_being_written_is_announced_before_the_end(engine: Engine, job: Context) -> None:
+    async with engine.heard(job.id) as heard:
+        async with engine.database.transaction():
+            await engine.database.execute("SELECT 1 FROM jobs WHERE id = $1 FOR UPDATE", job.id)
+            await job.report(1)
+
+            async def waits() -> bool:
+                return bool(await engine.database.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+
+            await until(waits)
+            closing = asyncio.create_task(job.close())
+        await closing
+        await until(lambda: heard)
+
+    assert heard[0]["t"] == "progress"
+
+
+# -- log and checkpoint ----------------------------------------------------------------------------------------------
+
+
+async def test_a_log_line_is_an_event(engine: Engine, job: Context) -> None:
+    await job.log("half way", level="warning")
+
+    event = (await engine.events(job.id))[-1]
+    assert event.type == "log"
+    assert (event.data["message"], event.data["level"]) == ("half way", "warning")
+
+
+@pytest.mark.parametrize("value", [None, 0, "", {"rows": [1, 2]}, [None]])
+async def test_a_checkpoint_is_handed_to_the_next_attempt(engine: Engine, job: Context, value: Any) -> None:
+    await job.save_checkpoint({"older": True})
+    await job.save_checkpoint(value)
+    assert job.checkpoint == value
+    await engine.expire(job.id)
+    await engine.lifecycle.rescue(1)
+
+    assert (await engine.claim(job.id)).checkpoint == value
+
+
+@pytest.mark.parametrize("value", [object(), float("nan"), "\0"], ids=["object", "nan", "nul"])
+async def test_a_checkpoint_that_cannot_be_kept_is_the_handlers_error(job: Context, value: Any) -> None:
+    with pytest.raises(Exception, match=r"(?i)serializable|compliant|unicode"):
+        await job.save_checkpoint(value)
+
+    assert job.checkpoint is None
+
+
+async def test_work_goes_on_from_the_checkpoint_after_an_interruption(engine: Engine) -> None:
+    started = asyncio.Event()
+    seen: list[tuple[int, Any]] = []
+
+    async def handler(job: JobContext) -> Any:
+        seen.append((job.attempt, job.checkpoint))
+        if job.checkpoint is None:
+            await job.save_checkpoint({"done": 5})
+            started.set()
+            await asyncio.sleep(60)
+        return job.checkpoint
+
+    settings = engine.settings.model_copy(update={"drain": 0.0})
+    async with worker(settings):
+        job_id = await engine.submit(handler)
+        await started.wait()
+    assert (await engine.job(job_id)).state == JobState.QUEUED
+    async with worker(settings):
+        job = await engine.ended(job_id)
+
+    assert (job.state, job.result, job.attempt, job.interruptions) == (JobState.SUCCEEDED, {"done": 5}, 1, 1)
+    assert seen == [(1, None), (1, {"done": 5})]
+
+
+# -- files, artifacts, sources ---------------------------------------------------------------------------------------
+
+
+async def upload(engine: Engine, content: bytes, tenant_id: Any = None) -> File:
+    tenant_id, file_id = tenant_id or engine.tenant.id, uuid7()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield content
+
+    stored = await engine.files.put(file_key(tenant_id, file_id), chunks())
+    now = (await engine.database.fetchrow("SELECT now()"))[0]
+    file = File(file_id, tenant_id, "in.csv", "text/csv", stored.size, stored.sha256, now)
+    return await engine.store.add_file(file)
+
+
+@pytest.mark.parametrize("start", [0, 1, 49_999, 50_000, 60_000])
+async def test_a_file_is_read_from_where_one_likes(engine: Engine, job: Context, start: int) -> None:
+    content = bytes(range(250)) * 200
+    opened = await job.open_file((await upload(engine, content)).id)
+
+    assert opened.file.size == 50_000
+    assert b"".join([chunk async for chunk in opened.chunks(7000, start=start)]) == content[start:]
+
+
+async def test_an_empty_file_has_no_bytes(engine: Engine, job: Context) -> None:
+    opened = await job.open_file((await upload(engine, b"")).id)
+
+    assert [chunk async for chunk in opened.chunks()] == []
+
+
+async def test_another_tenants_file_is_as_unknown_as_none(engine: Engine, job: Context) -> None:
+    stranger = await make_tenant(engine.database, "stranger")
+    file = await upload(engine, b"secret", stranger.id)
+
+    with pytest.raises(Fatal) as theirs:
+        await job.open_file(file.id)
+    with pytest.raises(Fatal) as none:
+        await job.open_file(unknown := uuid7())
+
+    assert str(theirs.value).replace(str(file.id), "") == str(none.value).replace(str(unknown), "")
+    assert "POST /api/v1/files" in str(none.value)
+
+
+async def test_a_source_is_given_by_name_and_an_unknown_one_names_those_there_are(job: Context) -> None:
+    assert job.source("default") == SOURCE
+    with pytest.raises(Fatal, match=r"'other'; there are: default\."):
+        job.source("other")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "\0", "x" * 201, "\ud800"])
+async def test_a_name_that_cannot_be_fetched_is_no_artifacts_name(job: Context, name: str) -> None:
+    with pytest.raises(ValueError, match="cannot name an artifact"):
+        async with job.artifact(name):
+            pass
+
+
+async def test_a_content_type_cannot_hold_another_header(job: Context) -> None:
+    with pytest.raises(ValueError, match="content type"):
+        async with job.artifact("a", "text/plain\r\nSet-Cookie: a=b"):
+            pass
+
+
+async def test_two_artifacts_cannot_have_one_name_even_at_the_same_time(job: Context) -> None:
+    async with job.artifact("out.csv") as first:
+        await first.write(b"1")
+        with pytest.raises(ValueError, match=r"'out\.csv' already"):
+            async with job.artifact("out.csv"):
+                pass
+    with pytest.raises(ValueError, match=r"'out\.csv' already"):
+        async with job.artifact("out.csv"):
+            pass
+
+    assert [artifact.name for artifact in job.artifacts] == ["out.csv"]
+
+
+async def test_an_artifact_that_went_wrong_leaves_nothing_and_its_name_is_free(engine: Engine, job: Context) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with job.artifact("out.csv") as out:
+            await out.write(b"x" * 50_000)
+            raise ZeroDivisionError
+    with pytest.raises(TooLarge, match="100,000"):
+        async with job.artifact("out.csv") as out:
+            for _ in range(30):
+                await out.write(b"x" * 50_000)
+    async with job.artifact("out.csv") as out:
+        await out.write(b"good")
+
+    [artifact] = job.artifacts
+    kept = [path for path in (engine.settings.home / "files").rglob("*") if path.is_file()]
+    assert [path.read_bytes() for path in kept] == [b"good"]
+    assert artifact.size == 4

@@ -1,0 +1,157 @@
+"""What the hot statements read when a hundred thousand jobs have ended: never all of them."""
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+import pytest_asyncio
+from psycopg.sql import Literal
+from psycopg.types.json import Json
+
+from headway.embedded import Embedded
+from headway.store import sql
+from tests.engine import Engine
+from tests.engine import engine as make_engine
+
+FINISHED = 100_000
+OPEN = 50
+# A worker of 100 slots and a page of jobs read a few blocks each; a hundred thousand jobs are thousands of them.
+MOST_BLOCKS = 700
+
+# Finished jobs of 21 tenants, the first with most of them; one in a thousand has failed, one is tagged.
+HISTORY = """
+INSERT INTO jobs (id, tenant_id, kind, state, input, tags, timeout, attempt, token, created_at, started_at,
+    finished_at, progress, result, seq)
+SELECT uuidv7(make_interval(secs => n - 200000)), CASE WHEN n % 5 = 0 THEN others[1 + n % 20] ELSE $1 END,
+    CASE WHEN n % 500 = 1 THEN 'rare.kind' ELSE 'test.call' END,
+    CASE WHEN n % 1000 = 3 THEN 'failed' ELSE 'succeeded' END,
+    '{"rows": 1000}', CASE WHEN n % 1000 = 2 THEN ARRAY['nightly'] ELSE '{}' END,
+    60, 1, 1, now(), now(), now(), '{"done": 1}', '{"rows": 1000}', 3
+FROM generate_series(1, $2::int) n, (SELECT array_agg(id) AS others FROM tenants WHERE id <> $1)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("plans")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(servers: Embedded, folder: Path) -> AsyncIterator[Engine]:
+    """Jobs of long ago, and a few that are open."""
+    async with make_engine(servers, folder) as engine:
+        await engine.database.execute(
+            "INSERT INTO tenants (id, name) SELECT uuidv7(), 'tenant-' || n FROM generate_series(1, 20) n"
+        )
+        await engine.database.execute(HISTORY, engine.tenant.id, FINISHED)
+        ids = [await engine.submit_kind("test.call", {}) for _ in range(OPEN)]
+        await engine.lifecycle.claim(ids[: OPEN // 2], ["test.call"], "a worker")
+        await engine.database.execute("VACUUM ANALYZE jobs")
+        yield engine
+        # The database is shared, and to delete them one by one takes a while.
+        await engine.database.execute("TRUNCATE jobs, events, artifacts")
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for part in plan.get("Plans", []):
+        yield from nodes(part)
+
+
+@pytest.fixture(scope="module")
+def planning(engine: Engine) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(engine.settings.database_url.get_secret_value()) as connection:
+        yield connection
+
+
+def explain(planning: psycopg.Connection, statement: str, *values: Any) -> None:
+    """Fail if the statement, run with these values, scans the jobs or reads many blocks of them. Undoes its work.
+
+    That must hold for its first run, which is planned for its values, and for the tenth, which Postgres may not have.
+    """
+    execute = "EXECUTE it"
+    if values:
+        execute += f" ({', '.join(Literal(_literal(value)).as_string(planning) for value in values)})"
+    planning.execute(f"PREPARE it AS {statement}")
+    for _ in range(10):
+        planning.execute("SAVEPOINT before")
+        [explained] = planning.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {execute}").fetchone()[0]
+        planning.execute("ROLLBACK TO before")
+        shown = json.dumps(explained, indent=1)
+        for node in nodes(explained["Plan"]):
+            if node.get("Relation Name") == "jobs":
+                assert node["Node Type"] != "Seq Scan", shown
+                assert node.get("Rows Removed by Filter", 0) <= 1000, shown
+        blocks = explained["Plan"]["Shared Hit Blocks"] + explained["Plan"]["Shared Read Blocks"]
+        assert blocks <= MOST_BLOCKS, f"{blocks} blocks: {shown}"
+    planning.execute("DEALLOCATE it")
+    planning.rollback()
+
+
+def _literal(value: Any) -> Any:
+    return Json(value) if isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict)) else value
+
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def ids(engine: Engine, state: str) -> list[UUID]:
+    return [row["id"] for row in await engine.database.fetch("SELECT id FROM jobs WHERE state = $1 LIMIT 20", state)]
+
+
+async def test_claim(engine: Engine, planning: psycopg.Connection) -> None:
+    queued = await ids(engine, "queued")
+    explain(planning, sql.CLAIM, queued, ["test.call"], "a worker", timedelta(seconds=15))
+
+
+async def test_ready(engine: Engine, planning: psycopg.Connection) -> None:
+    explain(planning, sql.READY, ["test.call"], 20)
+    explain(planning, sql.READY, ["kind.of_no_job"], 20)
+
+
+async def test_rescue(engine: Engine, planning: psycopg.Connection) -> None:
+    explain(planning, sql.RESCUE, 3, {"type": "crashed"}, 100)
+
+
+async def test_cancel_requested(engine: Engine, planning: psycopg.Connection) -> None:
+    explain(planning, sql.CANCEL_REQUESTED, await ids(engine, "running"))
+
+
+async def test_open(engine: Engine, planning: psycopg.Connection) -> None:
+    explain(planning, sql.OPEN)
+
+
+async def test_report_renew_and_finish(engine: Engine, planning: psycopg.Connection) -> None:
+    running = await ids(engine, "running")
+    records = [{"id": str(job_id), "token": 1, "progress": {}} for job_id in running]
+    explain(planning, sql.REPORT, records)
+    explain(planning, sql.RENEW, running, [1] * len(running), timedelta(seconds=15))
+    endings = [record | {"state": "succeeded", "artifacts": []} for record in records]
+    explain(planning, sql.FINISH, endings)
+
+
+@pytest.mark.parametrize(
+    ("state", "kind", "tag"),
+    [
+        (None, None, None),
+        ("failed", None, None),
+        ("running", None, None),
+        ("cancelled", None, None),
+        (None, "rare.kind", None),
+        (None, "kind.of_no_job", None),
+        ("failed", "test.call", None),
+        (None, None, "nightly"),
+        ("failed", None, "of no job"),
+    ],
+)
+async def test_list(
+    engine: Engine, planning: psycopg.Connection, state: str | None, kind: str | None, tag: str | None
+) -> None:
+    middle = await engine.database.fetchval("SELECT id FROM jobs ORDER BY id OFFSET 50000 LIMIT 1")
+    for before in (None, middle):
+        explain(planning, sql.LIST, engine.tenant.id, before, state, kind, tag, 51)

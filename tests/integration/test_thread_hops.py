@@ -1,0 +1,183 @@
+"""No request to the API leaves the event loop, and no middleware that would is let in."""
+
+import asyncio
+import json
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from asgiref.sync import SyncToAsync, markcoroutinefunction
+
+from headway import kinds
+from headway.settings import Settings
+from headway.store import Store
+from tests.conftest import Tenant
+
+COUNTDOWN = {"kind": "demo.countdown", "input": {"seconds": 1}}
+NOWHERE = "00000000-0000-0000-0000-000000000000"
+
+
+@contextmanager
+def hops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Counts what takes a request off the event loop: calls of `sync_to_async`, of executors, and new threads."""
+    counted: Counter[str] = Counter()
+
+    def count(owner: type, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            counted[name] += 1
+            return original(*args, **kwargs)
+
+        patch.setattr(owner, name, counting)
+
+    with monkeypatch.context() as patch:
+        count(SyncToAsync, "__call__")
+        count(asyncio.BaseEventLoop, "run_in_executor")
+        count(threading.Thread, "start")
+        yield counted
+
+
+class Api:
+    """The application as a server calls it."""
+
+    def __init__(self, application: Any, key: str) -> None:
+        self._application = application
+        self.key = key
+
+    async def __call__(
+        self, method: str, path: str, body: bytes = b"", *, key: str | None = None, headers: Any = ()
+    ) -> tuple[int, bytes]:
+        """The status and the body of the answer."""
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return messages.pop() if messages else await asyncio.Event().wait()  # type: ignore[return-value]
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        path, _, query = path.partition("?")
+        bearer = f"Bearer {self.key if key is None else key}".encode()
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": method,
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": query.encode(),
+            "root_path": "",
+            "scheme": "http",
+            "headers": [(b"host", b"localhost"), (b"authorization", bearer), *headers],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", 2),
+        }
+        await self._application(scope, receive, send)
+        return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
+
+
+@pytest.fixture
+async def api(settings: Settings, tenant: Tenant) -> AsyncIterator[Api]:
+    from services.web.asgi import Application  # Django must be set up
+
+    store = Store(settings.database_url.get_secret_value(), pool=2)
+    await store.open()
+    await store.announce_kinds([kind.as_json() for kind in kinds.discover().values()])
+    await store.close()
+    application = Application(settings)
+    yield Api(application, tenant.api_key)
+    await application.close()
+
+
+async def test_a_thousand_requests_of_all_sorts_make_no_hop(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, job = await api("POST", "/api/v1/jobs", json.dumps(COUNTDOWN).encode())
+    path = f"/api/v1/jobs/{json.loads(job)['id']}"
+    mixed: list[tuple[int, Any]] = [
+        (200, ("GET", "/api/v1/kinds")),
+        (200, ("GET", "/api/v1/kinds/demo.countdown")),
+        (200, ("GET", "/api/v1/jobs?limit=5&state=queued")),
+        (200, ("GET", path)),
+        (200, ("HEAD", path)),
+        (200, ("GET", f"{path}/artifacts")),
+        (202, ("POST", "/api/v1/jobs", json.dumps(COUNTDOWN).encode())),
+        (201, ("POST", "/api/v1/files?name=a.csv", b"a,b\n1,2\n")),
+        (400, ("POST", "/api/v1/jobs", b"{")),
+        (400, ("GET", "/api/v1/jobs?cursor=x")),
+        (404, ("GET", "/api/v1/nothing")),
+        (404, ("GET", "/api/v1/")),
+        (404, ("GET", f"/api/v1/jobs/{NOWHERE}")),
+        (404, ("GET", f"{path}/artifacts/none")),
+        (404, ("POST", f"/api/v1/jobs/{NOWHERE}/cancel")),
+        (405, ("DELETE", "/api/v1/jobs")),
+        (413, ("POST", "/api/v1/jobs", bytes(1 << 21))),
+        (422, ("POST", "/api/v1/jobs", b'{"kind": "no.such", "input": 1}')),
+        (422, ("GET", "/api/v1/jobs?limit=x")),
+    ]
+    with hops(monkeypatch) as counted:
+        for _ in range(53):
+            for expected, request in mixed:
+                assert (await api(*request))[0] == expected, request
+        for _ in range(10):
+            assert (await api("GET", "/api/v1/jobs", key="wrong"))[0] == 401
+        assert (await api("POST", f"{path}/cancel"))[0] == 200
+    assert counted == {}
+
+
+async def test_the_counter_counts(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hops(monkeypatch) as counted:
+        status, page = await api("GET", "/admin/login/")
+    assert status == 200
+    assert b"Log in" in page
+    assert counted["__call__"] > 0
+    assert counted["start"] > 0
+
+
+class SyncOnly:
+    """Middleware as it was before Django knew asyncio."""
+
+    def __init__(self, get_response: Any) -> None:
+        self.get_response = get_response
+
+    def __call__(self, request: Any) -> Any:
+        return self.get_response(request)
+
+
+class Both(SyncOnly):
+    """Says that it is asynchronous, and is not."""
+
+    async_capable = True
+
+
+class AsyncOnly:
+    """As ours are."""
+
+    sync_capable = False
+    async_capable = True
+
+    def __init__(self, get_response: Any) -> None:
+        self.get_response = get_response
+        markcoroutinefunction(self)
+
+    async def __call__(self, request: Any) -> Any:
+        return await self.get_response(request)
+
+
+@pytest.mark.usefixtures("servers")
+def test_middleware_that_would_hop_is_refused() -> None:
+    from django.conf import settings as django  # Django must be set up
+    from django.core.checks import run_checks
+    from django.test import override_settings
+
+    def found(*middleware: str) -> list[str]:
+        with override_settings(API_MIDDLEWARE=[*django.API_MIDDLEWARE, *middleware]):
+            return [str(message.msg).split()[0] for message in run_checks() if message.id == "headway.E001"]
+
+    assert found() == []
+    assert found(f"{__name__}.AsyncOnly") == []
+    for refused in ("django.middleware.common.CommonMiddleware", f"{__name__}.SyncOnly", f"{__name__}.Both"):
+        assert found(refused, f"{__name__}.AsyncOnly") == [refused]

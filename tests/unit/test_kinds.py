@@ -1,0 +1,143 @@
+"""What a job author may write, and what is said to one who writes something else."""
+
+import sys
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict, Field
+
+from headway import JobContext, kind, kinds
+from headway.errors import InvalidSettings
+
+
+class Input(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    rows: int = Field(ge=1, description="How many.")
+
+
+class Result(BaseModel):
+    total: Decimal
+
+
+@pytest.fixture(autouse=True)
+def registry() -> Iterator[None]:
+    """What a test registers is forgotten after it."""
+    before = kinds.discover()
+    yield
+    kinds._registry.clear()
+    kinds._registry.update(before)
+
+
+def test_a_kind_is_announced_with_its_name_description_timeout_and_schemas() -> None:
+    @kind("report.build", timeout="30m")
+    async def build(job: JobContext, input: Input) -> Result:
+        """Builds a report
+        over two lines.
+
+        This is for authors.
+        """
+        return Result(total=Decimal(0))
+
+    announced = kinds.discover()["report.build"].as_json()
+
+    assert announced["name"] == "report.build"
+    assert announced["description"] == "Builds a report over two lines."
+    assert announced["timeout"] == 1800
+    assert announced["input_schema"]["properties"]["rows"]["minimum"] == 1
+    assert announced["input_schema"]["additionalProperties"] is False
+    assert announced["result_schema"]["properties"]["total"]["type"] == "string"
+
+
+@pytest.mark.parametrize(
+    ("duration", "seconds"), [("500ms", 0.5), ("1.5h", 5400), ("2d", 172800), ("90s", 90), (7, 7.0), (0.25, 0.25)]
+)
+def test_durations_are_read(duration: str | float, seconds: float) -> None:
+    assert kinds.seconds(duration) == seconds
+
+
+@given(st.text())
+def test_what_is_not_a_duration_is_said_to_be_none(text: str) -> None:
+    if not kinds.DURATION.fullmatch(text):
+        with pytest.raises(InvalidSettings, match="is not a duration; write"):
+            kinds.seconds(text)
+
+
+@pytest.mark.parametrize("timeout", ["0s", 0, -1, float("inf"), float("nan")])
+def test_a_timeout_that_no_job_can_keep_is_refused(timeout: str | float) -> None:
+    with pytest.raises(InvalidSettings, match=r"report\.build.*above zero"):
+        kind("report.build", timeout=timeout)
+
+
+@pytest.mark.parametrize("name", ["report", "Report.build", "report.", ".build", "report build", "report.1", ""])
+def test_a_name_of_another_form_is_refused(name: str) -> None:
+    async def build(job: JobContext, input: Input) -> Result: ...  # type: ignore[empty-body]
+
+    with pytest.raises(InvalidSettings, match="two or more words with dots"):
+        kind(name)(build)
+
+
+async def no_result(job: JobContext, input: Input): ...  # type: ignore[no-untyped-def]
+async def no_input(job: JobContext) -> None: ...
+async def untyped_input(job: JobContext, input) -> None: ...  # type: ignore[no-untyped-def]
+async def too_much(job: JobContext, input: Input, more: int) -> None: ...
+
+
+@pytest.mark.parametrize("handler", [no_result, no_input, untyped_input, too_much])
+def test_a_handler_of_another_form_is_refused_and_shown_the_right_one(handler: Callable[..., Any]) -> None:
+    with pytest.raises(InvalidSettings, match=r"async def build\(job: JobContext, input: In\) -> Out"):
+        kind("report.build")(handler)
+
+
+def test_a_handler_that_is_no_coroutine_function_is_refused() -> None:
+    with pytest.raises(InvalidSettings, match="must be an `async def` function"):
+        kind("report.build")(lambda job, input: None)
+
+
+class Opaque:
+    pass
+
+
+async def opaque_input(job: JobContext, input: Opaque) -> None: ...
+async def no_schema(job: JobContext, input: Callable[[], None]) -> None: ...
+async def unknown_name(job: JobContext, input: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+
+@pytest.mark.parametrize("handler", [opaque_input, no_schema, unknown_name])
+def test_annotations_without_a_schema_are_refused(handler: Callable[..., Any]) -> None:
+    with pytest.raises(InvalidSettings, match=r"annotations of report\.build have no JSON Schema"):
+        kind("report.build")(handler)
+    assert "report.build" not in kinds.discover()
+
+
+def test_a_name_that_is_taken_is_refused_also_within_one_module() -> None:
+    async def first(job: JobContext, input: Input) -> None: ...
+    async def second(job: JobContext, input: Input) -> None: ...
+
+    kind("report.build")(first)
+    kind("report.build")(first)
+    with pytest.raises(InvalidSettings, match=r"defined twice: by .*first and by .*second"):
+        kind("report.build")(second)
+
+
+def test_the_kinds_in_the_box_and_those_of_a_module_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_kinds.py").write_text(
+        "from headway import JobContext, kind\n"
+        "@kind('my.own')\n"
+        "async def own(job: JobContext, input: int) -> int:\n"
+        "    return input\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert {"csv.import", "http.fetch", "demo.countdown", "my.own"} <= kinds.discover(["my_kinds"]).keys()
+    sys.modules.pop("my_kinds")
+
+
+def test_a_module_that_cannot_be_imported_is_named() -> None:
+    with pytest.raises(InvalidSettings, match=r"'no_such_module' cannot be imported"):
+        kinds.discover(["no_such_module"])
