@@ -82,7 +82,10 @@ class HeadwayWorker(Worker):
         return self.max_jobs - len(self.tasks) if self.allow_pick_jobs else 0
 
     async def main(self) -> None:
-        """Listen and scan until cancelled."""
+        """Listen and scan until drained."""
+        if not self.allow_pick_jobs:
+            # Told to stop before it began.
+            return
         async with asyncio.TaskGroup() as loops:
             loops.create_task(self._listen())
             loops.create_task(self._find())
