@@ -1,5 +1,6 @@
 """Structured logs: one line an event, with request, job and attempt ids from the context they happen in."""
 
+import json
 import logging
 import sys
 
@@ -7,6 +8,18 @@ import structlog
 from structlog.typing import Processor
 
 from headway.settings import Settings
+
+
+class Lines:
+    """Where our own lines go: straight to stderr. Through `logging` a line would cost three times as much."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name = name
+
+    def write(self, line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+
+    debug = info = warning = error = critical = write
 
 
 def configure(settings: Settings, service: str) -> None:
@@ -18,23 +31,23 @@ def configure(settings: Settings, service: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
     ]
-    as_json = settings.log_format == "json"
+    encode = json.JSONEncoder(default=repr).encode
+    render = (
+        structlog.processors.JSONRenderer(serializer=lambda event, **_: encode(event))
+        if settings.log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
+        processors=[*shared, render],
+        logger_factory=Lines,
+        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level),
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.JSONRenderer()
-                if as_json
-                else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()),
-            ],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, render],
         )
     )
     root = logging.getLogger()

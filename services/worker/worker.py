@@ -85,7 +85,7 @@ class HeadwayWorker(Worker):
         return self.max_jobs - len(self.tasks) if self.allow_pick_jobs else 0
 
     async def main(self) -> None:
-        """Listen and scan until cancelled."""
+        """Listen and scan until drained."""
         if not self.allow_pick_jobs:
             # Told to stop before it began.
             return

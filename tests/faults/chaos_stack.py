@@ -98,8 +98,7 @@ class Member:
             self.process.kill()
             await self.process.wait()
             return f"did not end within {STOP_WITHIN:g} s of {signal.Signals(number).name}"
-        # A web service ends by the signal itself once it has shut down: uvicorn raises it again.
-        if code in (0, -number, -signal.SIGKILL):
+        if code in (0, -signal.SIGKILL):
             return None
         return f"ended with code {code} after {signal.Signals(number).name}: {self.tail()}"
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from headway import metrics
 from headway.embedded import Embedded
 from headway.errors import Crashed, Fatal, LeaseLost, NotFound
-from headway.job import Artifact, Claim, Ending, Event
+from headway.job import Artifact, Claim, Ending, Event, Priority
 from headway.lifecycle import LEASE, MOST_CRASHES, NewJob
 from headway.states import TERMINAL, TRANSITIONS, JobState
 from headway.store import OUTAGES, REFUSALS, Store, sql
@@ -161,8 +162,9 @@ async def test_an_input_comes_out_as_it_went_in(engine: Engine, value: Any) -> N
 
 
 async def test_a_job_that_postgres_refuses_harms_no_other(engine: Engine) -> None:
-    jobs = [NewJob(engine.tenant.id, KIND, {"n": n} if n != 7 else {"n": "\0"}, (), 30) for n in range(20)]
-    jobs[12] = NewJob(UUID(int=1), KIND, {}, (), 30)
+    new = NewJob(engine.tenant.id, KIND, {}, (), Priority.NORMAL, 30, 1)
+    jobs = [replace(new, input={"n": n} if n != 7 else {"n": "\0"}) for n in range(20)]
+    jobs[12] = replace(new, tenant_id=UUID(int=1))
 
     answers = await asyncio.gather(*(engine.lifecycle.submit(job) for job in jobs), return_exceptions=True)
 

@@ -40,7 +40,7 @@ async def sent(queue: Queue, count: int) -> None:
 async def test_arq_reads_what_is_written(queue: Queue, servers: Embedded) -> None:
     job_id = uuid7()
     before = time.time()
-    queue.wake(job_id)
+    queue.wake(job_id, 1)
     await sent(queue, 1)
 
     arq = ArqRedis(connection_pool=queue.redis.connection_pool, job_deserializer=json.loads)
@@ -56,10 +56,10 @@ async def test_arq_reads_what_is_written(queue: Queue, servers: Embedded) -> Non
     assert 0 < await queue.redis.pttl(f"{job_key_prefix}{job_id}") <= 86_400_000
 
 
-async def test_ids_are_taken_oldest_first_and_leave_nothing_behind(queue: Queue) -> None:
+async def test_ids_are_taken_by_position_and_leave_nothing_behind(queue: Queue) -> None:
     ids = [uuid7() for _ in range(10)]
-    for job_id in ids:
-        queue.wake(job_id)
+    for position, job_id in reversed(list(enumerate(ids))):
+        queue.wake(job_id, position)
     await sent(queue, 10)
 
     assert await queue.take(1, wait=1) == ids[:1]
@@ -71,7 +71,7 @@ async def test_ids_are_taken_oldest_first_and_leave_nothing_behind(queue: Queue)
 async def test_an_id_that_is_woken_many_times_is_taken_once(queue: Queue) -> None:
     job_id = uuid7()
     for _ in range(100):
-        queue.wake(job_id)
+        queue.wake(job_id, 1)
     await sent(queue, 1)
 
     assert await queue.take(10, wait=1) == [job_id]
@@ -82,7 +82,7 @@ async def test_taking_waits_for_an_id_but_not_for_ever(queue: Queue) -> None:
 
     taking = asyncio.create_task(queue.take(5, wait=5))
     await asyncio.sleep(0)
-    queue.wake(job_id := uuid7())
+    queue.wake(job_id := uuid7(), 1)
 
     assert await taking == [job_id]
 
@@ -118,13 +118,13 @@ async def test_wake_ups_that_redis_does_not_take_are_counted_and_later_ones_are_
         failed = counted(metrics.wakeups_failed)
         cut = proxy.cut_reply()
         for _ in range(5000):
-            queue.wake(uuid7())
+            queue.wake(uuid7(), 1)
         await cut
         await until(lambda: counted(metrics.wakeups_failed) > failed)
 
         assert counted(metrics.wakeups_failed) == failed + 5000
         await redis.flushall()
-        queue.wake(job_id := uuid7())
+        queue.wake(job_id := uuid7(), 1)
         assert await until(lambda: queue.take(1, wait=0.1)) == [job_id]
         await queue.close()
 
@@ -140,7 +140,7 @@ async def test_callers_never_wait_and_memory_is_bounded_while_redis_hangs(
         proxy.blackhole()
         failed, job_id = counted(metrics.wakeups_failed), uuid7()
         for _ in range(1500):
-            queue.wake(job_id)
+            queue.wake(job_id, 1)
 
         assert counted(metrics.wakeups_failed) == failed + 500
         proxy.restore()

@@ -145,7 +145,7 @@ async def test_a_hundred_wake_ups_run_a_job_once(engine: Engine, redis: Redis) -
     async with worker(engine.settings) as app, worker(engine.settings) as other:
         job_id = await engine.submit(gate)
         for n in range(100):
-            (app, other)[n % 2].queue.wake(job_id)
+            (app, other)[n % 2].queue.wake(job_id, 1)
             await redis.zadd(NAME, {str(job_id): n})
         await until(lambda: gate.now)
         gate.open.set()
