@@ -80,6 +80,15 @@ async def save_it(engine: Engine, claim: Claim) -> None:
     await engine.lifecycle.save_checkpoint(claim, {"at": 1})
 
 
+async def promote_it(engine: Engine, claim: Claim) -> None:
+    await engine.lifecycle.promote(10)
+
+
+async def retry_it(engine: Engine, claim: Claim) -> None:
+    error = {"type": "handler-failed", "message": "not yet"}
+    await engine.lifecycle.finish(Ending(claim, JobState.SCHEDULED, error=error, failure=error, delay=60))
+
+
 def finish_as(state: JobState) -> Callable[[Engine, Claim], Awaitable[None]]:
     async def finish(engine: Engine, claim: Claim) -> None:
         await engine.lifecycle.finish(Ending(claim, state, result={"a": 1}, artifacts=[ARTIFACT]))
@@ -89,16 +98,28 @@ def finish_as(state: JobState) -> Callable[[Engine, Claim], Awaitable[None]]:
 
 
 FINISHES = [finish_as(state) for state in sorted(TERMINAL)]
-MOVES = [claim_it, rescue_it, rescue_expired, rescue_once_more, cancel_it, release_it, report_it, log_it, save_it]
-WRITES = [report_it, log_it, save_it, release_it, *FINISHES]
+MOVES = [
+    claim_it,
+    promote_it,
+    rescue_it,
+    rescue_expired,
+    rescue_once_more,
+    cancel_it,
+    release_it,
+    retry_it,
+    report_it,
+    log_it,
+    save_it,
+]
+WRITES = [report_it, log_it, save_it, release_it, retry_it, *FINISHES]
 
 
 async def job_in(engine: Engine, state: JobState) -> Claim:
     """A job in this state, and the claim that it had or would have."""
     job_id = await engine.submit_kind(KIND, {})
-    claim = Claim(job_id, engine.tenant.id, KIND, {}, 30, 1, 1, None)
+    claim = Claim(job_id, engine.tenant.id, KIND, {}, 30, max_attempts=1, attempt=1, token=1, checkpoint=None)
     if state == JobState.SCHEDULED:
-        await engine.database.execute("UPDATE jobs SET state = 'scheduled' WHERE id = $1", job_id)
+        await engine.database.execute("UPDATE jobs SET state = 'scheduled', run_at = now() WHERE id = $1", job_id)
     elif state != JobState.QUEUED:
         claim = await engine.claim(job_id)
         if state.terminal:
@@ -562,7 +583,7 @@ async def test_times_of_a_job_do_not_go_backwards(engine: Engine, claim: Claim) 
 
 
 async def test_open_jobs_are_counted_by_state_and_the_oldest_is_known(engine: Engine) -> None:
-    assert await engine.store.open_jobs() == ({}, 0.0)
+    assert await engine.store.open_jobs() == ({"scheduled": 0, "queued": 0, "running": 0}, 0.0)
     ids = [await engine.submit_kind(KIND, {}) for _ in range(3)]
     await engine.database.execute("UPDATE jobs SET created_at = now() - interval '1 h' WHERE id = $1", ids[0])
     ended = await engine.claim(ids[2])
@@ -571,5 +592,5 @@ async def test_open_jobs_are_counted_by_state_and_the_oldest_is_known(engine: En
 
     counts, oldest = await engine.store.open_jobs()
 
-    assert counts == {"queued": 1, "running": 1}
+    assert counts == {"scheduled": 0, "queued": 1, "running": 1}
     assert 3600 <= oldest < 3660
