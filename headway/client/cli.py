@@ -59,7 +59,11 @@ def cli(context: click.Context, url: str | None, api_key: str | None) -> None:
     help="Upload a file and put its id into the input's field NAME (default: file).",
 )
 @click.option("--tag", "tags", multiple=True, help="A word to find the job by; may be repeated.")
+@click.option("--priority", type=click.Choice(["high", "normal", "low"]), default="normal", show_default=True)
+@click.option("--delay", type=click.FloatRange(min=0), metavar="SECONDS", help="Run it this much later.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds an attempt may run.")
+@click.option("--max-attempts", type=click.IntRange(1, 100), help="Attempts it may take, if they fail.")
+@click.option("--idempotency-key", metavar="KEY", help="Submitting again with the same key makes no second job.")
 @click.option("--follow", "follow_it", is_flag=True, help="Show progress until the job ends, then its result.")
 @json_option
 @click.pass_obj
@@ -70,7 +74,11 @@ def submit(
     value: Any,
     files: tuple[tuple[str, Path], ...],
     tags: tuple[str, ...],
+    priority: str,
+    delay: float | None,
     timeout: float | None,
+    max_attempts: int | None,
+    idempotency_key: str | None,
     follow_it: bool,
     as_json: bool,
 ) -> None:
@@ -95,7 +103,16 @@ def submit(
                 value[field] = file["id"]
                 shown.note(f"Uploaded {text.inert(path.name)}, {text.size(file['size'])}.")
             session.left = "Stopped while submitting; `headway list` shows whether the job is there."
-            job = await client.submit(kind, value, tags=tags, timeout=timeout)
+            job = await client.submit(
+                kind,
+                value,
+                tags=tags,
+                priority=priority,
+                delay=delay,
+                timeout=timeout,
+                max_attempts=max_attempts,
+                idempotency_key=idempotency_key,
+            )
             if follow_it:
                 shown.note(f"Job {text.inert(job['id'])}")
                 await session.watch(client, job["id"], shown)

@@ -10,11 +10,12 @@ import secrets
 import stat
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 from urllib.parse import quote
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import httpx
 
@@ -79,16 +80,28 @@ class Client:
         input: Any,
         *,
         tags: Sequence[str] = (),
+        priority: str = "normal",
+        run_at: datetime | None = None,
+        delay: float | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - the job's, not the call's
+        max_attempts: int | None = None,
+        idempotency_key: str | None = None,
     ) -> Json:
-        """Submit a job; it is durable when this returns. `timeout` is the seconds that an attempt may run.
+        """Submit a job; it is durable when this returns.
 
-        It is sent once: after ConnectionFailed the job may or may not be there.
+        `delay` and `timeout` are seconds; `run_at` has a time zone. The request carries an Idempotency-Key, your own or
+        one that is made here, so it is repeated over broken connections and still makes one job.
         """
-        body: Json = {"kind": kind, "input": input, "tags": list(tags)}
-        if timeout is not None:
-            body["timeout"] = timeout
-        return await self._json("POST", "/jobs", json=body)
+        body: Json = {"kind": kind, "input": input, "tags": list(tags), "priority": priority}
+        optional = {
+            "run_at": run_at and run_at.isoformat(),
+            "delay": delay,
+            "timeout": timeout,
+            "max_attempts": max_attempts,
+        }
+        body |= {name: value for name, value in optional.items() if value is not None}
+        headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
+        return await self._json("POST", "/jobs", repeatable=True, json=body, headers=headers)
 
     async def get(self, job_id: JobId) -> Json:
         """The job as it is now. Raises NotFound."""
