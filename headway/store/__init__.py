@@ -137,8 +137,9 @@ class Store:
             for row in await self.rows(sql.CLAIM, ids, kinds, worker, lease)
         ]
 
-    async def ready(self, kinds: Sequence[str], limit: int) -> list[UUID]:
-        return [row["id"] for row in await self.rows(sql.READY, kinds, limit)]
+    async def ready(self, kinds: Sequence[str], limit: int, worker: str) -> list[UUID]:
+        """What this worker may claim next."""
+        return [row["id"] for row in await self.rows(sql.READY, kinds, limit, worker)]
 
     async def report(self, reports: Sequence[tuple[Claim, Mapping[str, Any]]]) -> list[tuple[Event, bool] | None]:
         """For each report its event and whether a cancel is asked for; None where the lease is lost."""

@@ -142,7 +142,7 @@ class HeadwayWorker(Worker):
                 await asyncio.sleep(SCAN_EVERY)
             try:
                 if free := self.free:
-                    ready = await self._store.ready(self._kinds, free)
+                    ready = await self._store.ready(self._kinds, free, self.name)
                     more = len(ready) == free
                     await self._claim(ready)
             except OUTAGES as error:

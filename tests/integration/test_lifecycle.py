@@ -164,14 +164,31 @@ async def test_a_kind_that_the_worker_does_not_know_stays_queued(engine: Engine)
     job_id = await engine.submit_kind(KIND, {})
 
     assert await engine.lifecycle.claim([job_id], ["some.other"], "a worker") == []
-    assert await engine.store.ready(["some.other"], 10) == []
+    assert await engine.store.ready(["some.other"], 10, "a worker") == []
     assert await engine.state(job_id) == "queued"
+
+
+async def test_a_worker_runs_one_job_at_a_time_that_a_worker_died_under(engine: Engine) -> None:
+    suspects = [await engine.submit_kind(KIND, {}) for _ in range(3)]
+    await engine.database.execute("UPDATE jobs SET crashes = 1")
+    others = [await engine.submit_kind(KIND, {}) for _ in range(2)]
+
+    async def claimed(worker: str) -> set[UUID]:
+        ready = await engine.store.ready([KIND], 10, worker)
+        assert set(ready) <= {claim.job_id for claim in await engine.lifecycle.claim(suspects + others, [KIND], worker)}
+        return set(ready)
+
+    first, second = await claimed("a worker"), await claimed("another worker")
+
+    assert first > set(others)
+    assert (len(first), len(second)) == (3, 1)
+    assert await claimed("a worker") == set()
 
 
 async def test_jobs_are_ready_in_the_order_in_which_they_came(engine: Engine) -> None:
     ids = [await engine.submit_kind(KIND, {}) for _ in range(5)]
 
-    assert await engine.store.ready([KIND], 3) == ids[:3]
+    assert await engine.store.ready([KIND], 3, "a worker") == ids[:3]
 
 
 @pytest.mark.parametrize("value", [None, {}, [], 0, False, "", {"a": [1.5, None, "é\U0001f600"]}])

@@ -110,8 +110,8 @@ async def test_claim(engine: Engine, planning: psycopg.Connection) -> None:
 
 
 async def test_ready(engine: Engine, planning: psycopg.Connection) -> None:
-    explain(planning, sql.READY, ["test.call"], 20)
-    explain(planning, sql.READY, ["kind.of_no_job"], 20)
+    explain(planning, sql.READY, ["test.call"], 20, "a worker")
+    explain(planning, sql.READY, ["kind.of_no_job"], 20, "a worker")
 
 
 async def test_rescue(engine: Engine, planning: psycopg.Connection) -> None:

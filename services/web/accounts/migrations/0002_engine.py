@@ -96,4 +96,12 @@ class Migration(migrations.Migration):
                 name="jobs_idempotency",
             ),
         ),
+        migrations.AddIndex(
+            model_name="job",
+            index=models.Index(
+                condition=models.Q(("crashes__gt", 0), ("state", "queued")),
+                fields=["position", "id"],
+                name="jobs_suspects",
+            ),
+        ),
     ]
