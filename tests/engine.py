@@ -31,6 +31,7 @@ from tests.conftest import TEMPLATE, Tenant, make_tenant, until
 from tests.faults.proxy import Proxy
 
 DATABASE = "headway_engine"
+TABLES = ("artifacts", "events", "jobs", "files", "kinds", "api_keys", "tenants")
 
 Handler = Callable[[JobContext], Awaitable[Any]]
 
@@ -107,13 +108,19 @@ class Engine:
         """The stored events."""
         return await self.store.events(job_id, self.tenant.id, after=0, limit=1000)
 
+    async def published(self) -> None:
+        """Returns once what this engine has to publish is published."""
+        if (sending := self.lifecycle._events._task) is not None:
+            await sending
+
     async def row(self, job_id: UUID) -> dict[str, Any]:
         """All columns of the job."""
         return dict(await self.database.fetchrow("SELECT * FROM jobs WHERE id = $1", job_id))
 
     @asynccontextmanager
     async def heard(self, job_id: UUID) -> AsyncIterator[list[dict[str, Any]]]:
-        """The messages that are published for a job, as they come."""
+        """The messages that are published for a job from here on, as they come."""
+        await self.published()
         heard: list[dict[str, Any]] = []
         subscribed = asyncio.Event()
         channel = await self.layer.new_channel()
@@ -143,14 +150,12 @@ class Engine:
 @asynccontextmanager
 async def engine(servers: Embedded, home: Path, **changed: Any) -> AsyncIterator[Engine]:
     """An engine on an empty database and an empty Redis. `changed` are settings in other words than the usual."""
-    settings = _settings(servers, home).model_copy(update=changed)
     async with Redis.from_url(servers.redis_url) as redis:
         await redis.flushall()
-    database = await asyncpg.connect(servers.postgres_url(DATABASE))
+    database = await _emptied(servers)
     try:
-        await prepare(database)
         tenant = await make_tenant(database, "default")
-        async with parts(settings, tenant, database) as engine:
+        async with parts(_settings(servers, home).model_copy(update=changed), tenant, database) as engine:
             yield engine
     finally:
         await database.close()
@@ -201,15 +206,24 @@ def counted(metric: Any, **labels: str) -> float:
     return next((sample.value for sample in samples if sample.labels == labels), 0.0)
 
 
-def _settings(servers: Embedded, home: Path) -> Settings:
-    """Settings of a database that all tests of the engine share, emptied: that is quicker than to make one each."""
-    with psycopg.connect(servers.postgres_url("postgres"), autocommit=True) as admin:
-        if not admin.execute("SELECT FROM pg_database WHERE datname = %s", [DATABASE]).rowcount:
+async def _emptied(servers: Embedded) -> asyncpg.Connection:
+    """A connection to the one database of all tests of the engine, emptied: that is quicker than to make one each."""
+    try:
+        database = await asyncpg.connect(servers.postgres_url(DATABASE))
+    except asyncpg.InvalidCatalogNameError:
+        with psycopg.connect(servers.postgres_url("postgres"), autocommit=True) as admin:
             admin.execute(f"CREATE DATABASE {DATABASE} TEMPLATE {TEMPLATE}")
-        admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [DATABASE])
-    with psycopg.connect(servers.postgres_url(DATABASE), autocommit=True) as database:
-        for table in ("artifacts", "events", "jobs", "files", "kinds", "api_keys", "tenants"):
-            database.execute(f"DELETE FROM {table}")
+        return await _emptied(servers)
+    await prepare(database)
+    await database.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid();"
+        + "".join(f"DELETE FROM {table};" for table in TABLES)
+    )
+    return database
+
+
+def _settings(servers: Embedded, home: Path) -> Settings:
     return headway_settings.load(
         {
             **{key: os.environ[key] for key in ("HEADWAY_REDIS_URL", "HEADWAY_SECRET_KEY", "HEADWAY_KEY_PEPPER")},

@@ -19,10 +19,10 @@ from headway.job import Claim
 from headway.lifecycle import LEASE
 from headway.store import OUTAGES, sql
 
-# A lease is renewed three times in its length, and given up when this share of it is left.
-RENEWALS = 3
+# Shares of a lease: how often it is renewed, how soon a renewal that failed is tried again, and what must be left of it.
+RENEW_EVERY = 1 / 3
+RETRY_EVERY = 1 / 15
 MARGIN = 2 / 15
-RETRY_EVERY = 1.0
 LOOK_EVERY = 0.2
 
 log = structlog.get_logger(__name__)
@@ -77,9 +77,9 @@ class LeaseKeeper(threading.Thread):
                 if self._connection is not None:
                     self._connection.terminate()
                     self._connection = None
-                await asyncio.sleep(RETRY_EVERY)
+                await asyncio.sleep(self._lease.total_seconds() * RETRY_EVERY)
             else:
-                await asyncio.sleep(self._lease.total_seconds() / RENEWALS)
+                await asyncio.sleep(self._lease.total_seconds() * RENEW_EVERY)
 
     async def _renew(self) -> None:
         with self._lock:

@@ -19,7 +19,7 @@ from headway.lifecycle import MOST_CRASHES
 from headway.states import JobState
 from headway.store import OUTAGES, prepare
 from tests.conftest import until
-from tests.engine import Engine, behind_proxy, worker
+from tests.engine import Engine, worker
 from tests.faults.conftest import Spawner
 
 # Seconds; the worker's own lease is longer, and nothing here depends on how long it is.
@@ -68,9 +68,9 @@ async def test_the_job_of_a_killed_worker_is_run_to_its_end_within_a_lease_and_f
 async def test_a_worker_that_was_paused_past_its_lease_writes_nothing_more_and_works_on(
     engine: Engine, spawn: Spawner, tmp_path: Path, flag: Callable[[], None]
 ) -> None:
-    paused = await spawn(lease=LEASE)
+    paused = await spawn(lease=SHORT)
     job_id = await waiting_job(engine, tmp_path)
-    second = await spawn(lease=LEASE)
+    second = await spawn(lease=SHORT)
     paused.signal(signal.SIGSTOP)
 
     async def rescued() -> bool:
@@ -142,18 +142,15 @@ async def test_rolling_restarts_use_up_no_attempt(
 async def test_a_worker_that_waits_for_its_database_lives_is_not_ready_and_stops_when_told(
     engine: Engine, spawn: Spawner
 ) -> None:
-    async with behind_proxy(engine.settings) as (proxy, settings):
-        proxy.blackhole()
-        waiting = await spawn(settings=settings, ready=False)
-        await until(lambda: waiting.said("waiting for the database"), 30)
+    nowhere = type(engine.settings.database_url)("postgresql://headway:none@127.0.0.1:1/headway")
+    waiting = await spawn(settings=engine.settings.model_copy(update={"database_url": nowhere}), ready=False)
+    await until(lambda: waiting.said("waiting for the database"), 30)
 
-        assert (await waiting.ops.get("/livez")).status_code == 200
-        ready = await waiting.ops.get("/readyz")
-        assert (ready.status_code, ready.text) == (503, "waiting for the database\n")
-        waiting.signal(signal.SIGTERM)
-        assert await waiting.ended() == 0
-        proxy.restore()
-        await until(lambda: not proxy._connections)
+    assert (await waiting.ops.get("/livez")).status_code == 200
+    ready = await waiting.ops.get("/readyz")
+    assert (ready.status_code, ready.text) == (503, "waiting for the database\n")
+    waiting.signal(signal.SIGTERM)
+    assert await waiting.ended() == 0
 
 
 async def test_a_database_that_is_not_migrated_is_named(engine: Engine, spawn: Spawner, servers: Embedded) -> None:

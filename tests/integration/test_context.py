@@ -71,16 +71,16 @@ async def test_the_first_report_is_written_at_once(engine: Engine, job: Context)
     }
 
 
-async def test_a_million_reports_cost_a_handful_of_statements(engine: Engine, job: Context, claim: Claim) -> None:
+async def test_very_many_reports_cost_a_handful_of_statements(engine: Engine, job: Context, claim: Claim) -> None:
     loop = asyncio.get_running_loop()
     began = loop.time()
-    for done in range(1_000_000):
+    for done in range(300_000):
         await job.report(done)
     newest = await job.close()
     seconds = loop.time() - began
 
     assert newest is not None
-    assert newest["done"] == 999_999
+    assert newest["done"] == 299_999
     # Ten a second, and the first at once. Of the job's events two are older: queued, running.
     assert 2 <= (await engine.job(claim.job_id)).seq - 2 <= seconds * 10 + 2
 

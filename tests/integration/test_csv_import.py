@@ -31,7 +31,7 @@ CELLS = st.one_of(
 def settings(settings: Settings, servers: Embedded) -> Settings:
     """The usual settings, and sources that do not fit or do not answer."""
     default = settings.sources["default"].get_secret_value()
-    with psycopg.connect(default.replace("+asyncpg", ""), autocommit=True) as admin:
+    with psycopg.connect(servers.postgres_url("postgres"), autocommit=True) as admin:
         admin.execute("DROP ROLE IF EXISTS reader")
         admin.execute("CREATE ROLE reader LOGIN PASSWORD 'reader'")
     place = default.rpartition("@")[2]

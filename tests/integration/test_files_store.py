@@ -38,7 +38,7 @@ async def content(files: Files, key: str, *span: int) -> bytes:
     return b"".join([chunk async for chunk in files.read(key, *span)])
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.sampled_from([0, 1, 7, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK]), max_size=5))
 def test_what_is_read_is_what_was_written(files: Files, sizes: list[int]) -> None:
     pieces = [random.Random(n).randbytes(size) for n, size in enumerate(sizes)]

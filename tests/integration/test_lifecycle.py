@@ -238,19 +238,27 @@ async def test_no_write_of_an_attempt_that_lost_its_lease_is_taken(
         assert [message["t"] for message in heard if message["seq"] > before[0]["seq"]] == ["log"]
 
 
-@pytest.mark.parametrize("write", [report_it, FINISHES[0]], ids=["report", "finish"])
+@pytest.mark.parametrize("old_first", [True, False], ids=["old first", "old last"])
 async def test_writes_of_two_attempts_in_one_statement_are_told_apart(
-    engine: Engine, claim: Claim, write: Callable[[Engine, Claim], Awaitable[None]]
+    engine: Engine, claim: Claim, old_first: bool
 ) -> None:
     await rescue_expired(engine, claim)
     second = await engine.claim(claim.job_id)
+    order = [claim, second] if old_first else [second, claim]
 
-    first_answer, second_answer = await asyncio.gather(
-        write(engine, claim), write(engine, second), return_exceptions=True
+    reports = await asyncio.gather(
+        *(engine.lifecycle.report(each, {"token": each.token}) for each in order), return_exceptions=True
+    )
+    assert (await engine.job(claim.job_id)).progress == {"token": second.token}
+    endings = await asyncio.gather(
+        *(engine.lifecycle.finish(Ending(each, JobState.SUCCEEDED, result=each.token)) for each in order),
+        return_exceptions=True,
     )
 
-    assert isinstance(first_answer, LeaseLost)
-    assert second_answer is None
+    assert (await engine.job(claim.job_id)).result == second.token
+    for answers, answer in ((reports, False), (endings, None)):
+        assert isinstance(answers[order.index(claim)], LeaseLost)
+        assert answers[order.index(second)] is answer
 
 
 async def test_an_ending_is_fenced_against_another_ending_of_the_same_attempt(engine: Engine, claim: Claim) -> None:

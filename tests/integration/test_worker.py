@@ -15,7 +15,6 @@ from uuid_utils.compat import uuid7
 
 from headway import JobContext, kind, metrics
 from headway.embedded import Embedded
-from headway.job import Job
 from headway.queue import NAME
 from headway.settings import Settings
 from headway.states import JobState
@@ -217,11 +216,11 @@ async def test_arqs_own_way_in_runs_a_job_too(engine: Engine, monkeypatch: pytes
 
 async def test_a_worker_waits_for_a_database_that_is_away_and_then_works(engine: Engine) -> None:
     async with behind_proxy(engine.settings) as (proxy, settings):
-        proxy.blackhole()
+        there, proxy._target = proxy._target, ("127.0.0.1", 1)
         opening = asyncio.create_task(App.open(settings))
         with capture_logs() as logs:
             await until(lambda: [line for line in logs if line["event"] == "waiting for the database"])
-        proxy.restore()
+        proxy._target = there
         app = await opening
         await app.close()
 
@@ -330,35 +329,47 @@ async def test_a_drain_ends_though_a_handler_ignores_it(engine: Engine, monkeypa
 async def test_a_drain_ends_though_the_database_is_away(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "END_WITHIN", 0.3)
     gate = Gate()
-    async with behind_proxy(engine.settings) as (proxy, settings):
+    async with behind_proxy(engine.settings) as (proxy, settings), worker(settings) as app:
+        job_id = await engine.submit(gate)
+        await until(lambda: gate.now)
+        proxy.blackhole()
         with capture_logs() as logs:
-            async with asyncio.timeout(20), worker(settings.model_copy(update={"drain": 0.0})) as app:
-                job_id = await engine.submit(gate)
-                await until(lambda: gate.now)
-                proxy.blackhole()
-            proxy.restore()
-            await until(lambda: not app.worker.tasks)
+            async with asyncio.timeout(5):
+                await app.worker.drain(0)
+        proxy.restore()
+        await until(lambda: not app.worker.tasks)
 
     assert "jobs could not be given back in time; they will be rescued" in [line["event"] for line in logs]
-    # Whoever comes next takes it back once its lease has run out.
-    assert await engine.state(job_id) == "running"
+    # What the dead line kept back may have arrived after all; if not, whoever comes next takes the job back.
+    assert await engine.state(job_id) in ("running", "queued")
+
+
+async def test_a_worker_that_is_told_to_stop_before_it_began_stops(engine: Engine) -> None:
+    app = await App.open(engine.settings)
+    await app.worker.drain(1)
+    async with asyncio.timeout(5):
+        await app.worker.async_run()
+    await app.close()
 
 
 # -- outages of the database ---------------------------------------------------------------------------------------
 
 
-async def test_an_ending_is_written_once_the_database_is_back(engine: Engine) -> None:
+async def test_an_ending_whose_answer_is_lost_is_written_once(engine: Engine) -> None:
     gate = Gate()
-    async with behind_proxy(engine.settings) as (proxy, settings), worker(settings):
+    async with behind_proxy(engine.settings) as (proxy, settings), worker(settings) as app:
         job_id = await engine.submit(gate)
         await until(lambda: gate.now)
+        lost = counted(metrics.lease_lost)
+        cut = proxy.cut_reply(containing=b"succeeded")
         with capture_logs() as logs:
-            proxy.reset()
-            proxy.blackhole()
             gate.open.set()
-            await until(lambda: [line for line in logs if line["event"].startswith("the ending was not written")])
-        proxy.restore()
-        job: Job = await engine.ended(job_id)
+            await cut
+            await until(lambda: not app.worker.tasks)
 
-    assert (job.state, job.result) == (JobState.SUCCEEDED, 1)
-    assert (await engine.row(job_id))["crashes"] == 0
+    said = [line["event"] for line in logs]
+    assert "the ending was not written; trying again" in said
+    assert "a job ended" in said
+    job = await engine.job(job_id)
+    assert (job.state, job.result, job.seq) == (JobState.SUCCEEDED, 1, 3)
+    assert counted(metrics.lease_lost) == lost
