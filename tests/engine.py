@@ -31,7 +31,7 @@ from tests.conftest import TEMPLATE, Tenant, make_tenant, until
 from tests.faults.proxy import Proxy
 
 DATABASE = "headway_engine"
-TABLES = ("artifacts", "events", "jobs", "files", "kinds", "api_keys", "tenants")
+TABLES = ("artifacts", "failures", "events", "jobs", "files", "kinds", "api_keys", "tenants")
 
 Handler = Callable[[JobContext], Awaitable[Any]]
 

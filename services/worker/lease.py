@@ -19,7 +19,7 @@ from headway.job import Claim
 from headway.lifecycle import LEASE
 from headway.store import OUTAGES, sql
 
-# Shares of a lease: how often it is renewed, how soon a renewal that failed is tried again, and what must be left of it.
+# Shares of a lease: how often it is renewed, how soon again after a failure, and what must be left of it.
 RENEW_EVERY = 1 / 3
 RETRY_EVERY = 1 / 15
 MARGIN = 2 / 15
