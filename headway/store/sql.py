@@ -89,9 +89,9 @@ WITH r AS (
 SELECT id, epoch, seq, data, position FROM promoted JOIN told ON told.job_id = promoted.id
 """
 
-# Whether a worker runs a suspect: a job under which a worker died before. It is to run one at most, so that a job that
-# kills its worker takes another along once, and not until both have crashed too often.
-SUSPECTED = "SELECT FROM jobs WHERE state = 'running' AND worker = $3 AND crashes > 0"
+# Whether a worker runs a suspect: a job under which workers died twice. It is to run one at most, so that a job that
+# kills its worker does not take its neighbours along until all have crashed too often.
+SUSPECTED = "SELECT FROM jobs WHERE state = 'running' AND worker = $3 AND crashes > 1"
 
 # Claim those of the jobs $1 that are still queued, one suspect at most. Rows that another worker is claiming are passed
 # over. $1: ids, $2: kinds this worker knows, $3: worker, $4: lease
@@ -100,8 +100,8 @@ WITH queued AS (
     SELECT id, crashes FROM jobs WHERE id = ANY($1::uuid[]) AND state = 'queued' AND kind = ANY($2::text[])
     FOR UPDATE SKIP LOCKED
 ), ready AS (
-    SELECT id FROM (SELECT id, crashes, row_number() OVER (PARTITION BY crashes > 0) AS place FROM queued) queued
-    WHERE crashes = 0 OR place = 1 AND NOT EXISTS ({SUSPECTED})
+    SELECT id FROM (SELECT id, crashes, row_number() OVER (PARTITION BY crashes > 1) AS place FROM queued) queued
+    WHERE crashes < 2 OR place = 1 AND NOT EXISTS ({SUSPECTED})
 ), claimed AS (
     UPDATE jobs SET
         state = 'running', attempt = attempt + 1, token = token + 1, seq = seq + 1, worker = $3,
@@ -121,10 +121,10 @@ FROM claimed JOIN told ON told.job_id = claimed.id
 # The queued jobs whose turn is next: what Redis lost, or never heard of. $1: kinds, $2: how many, $3: worker
 READY = f"""
 (
-    SELECT id FROM jobs WHERE state = 'queued' AND kind = ANY($1::text[]) AND crashes > 0 AND NOT EXISTS ({SUSPECTED})
+    SELECT id FROM jobs WHERE state = 'queued' AND kind = ANY($1::text[]) AND crashes > 1 AND NOT EXISTS ({SUSPECTED})
     ORDER BY position, id LIMIT 1
 ) UNION ALL (
-    SELECT id FROM jobs WHERE state = 'queued' AND kind = ANY($1::text[]) AND crashes = 0
+    SELECT id FROM jobs WHERE state = 'queued' AND kind = ANY($1::text[]) AND crashes < 2
     ORDER BY position, id LIMIT $2
 )
 LIMIT $2

@@ -168,10 +168,11 @@ async def test_a_kind_that_the_worker_does_not_know_stays_queued(engine: Engine)
     assert await engine.state(job_id) == "queued"
 
 
-async def test_a_worker_runs_one_job_at_a_time_that_a_worker_died_under(engine: Engine) -> None:
+async def test_a_worker_runs_one_job_at_a_time_that_workers_died_under_twice(engine: Engine) -> None:
     suspects = [await engine.submit_kind(KIND, {}) for _ in range(3)]
-    await engine.database.execute("UPDATE jobs SET crashes = 1")
+    await engine.database.execute("UPDATE jobs SET crashes = 2")
     others = [await engine.submit_kind(KIND, {}) for _ in range(2)]
+    await engine.database.execute("UPDATE jobs SET crashes = 1 WHERE id = $1", others[0])
 
     async def claimed(worker: str) -> set[UUID]:
         ready = await engine.store.ready([KIND], 10, worker)

@@ -102,7 +102,7 @@ class Job(models.Model):
             models.Index(
                 fields=["position", "id"],
                 name="jobs_suspects",
-                condition=models.Q(state="queued", crashes__gt=0),
+                condition=models.Q(state="queued", crashes__gt=1),
             ),
             models.Index(fields=["run_at"], name="jobs_due", condition=models.Q(state="scheduled")),
             # What workers look for. No column of it changes when a lease is renewed or progress is written, so that

@@ -99,7 +99,7 @@ class Migration(migrations.Migration):
         migrations.AddIndex(
             model_name="job",
             index=models.Index(
-                condition=models.Q(("crashes__gt", 0), ("state", "queued")),
+                condition=models.Q(("crashes__gt", 1), ("state", "queued")),
                 fields=["position", "id"],
                 name="jobs_suspects",
             ),
