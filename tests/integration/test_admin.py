@@ -173,6 +173,7 @@ async def test_the_api_describes_itself(settings: Settings, database: asyncpg.Co
         ("post", "/api/v1/jobs"),
         ("get", "/api/v1/jobs/{job_id}"),
         ("post", "/api/v1/jobs/{job_id}/cancel"),
+        ("get", "/api/v1/jobs/{job_id}/failures"),
         ("get", "/api/v1/jobs/{job_id}/artifacts"),
         ("get", "/api/v1/jobs/{job_id}/artifacts/{name}"),
         ("post", "/api/v1/files"),

@@ -369,7 +369,7 @@ async def test_an_ending_whose_answer_is_lost_is_written_once(engine: Engine) ->
 
     said = [line["event"] for line in logs]
     assert "the ending was not written; trying again" in said
-    assert "a job ended" in said
+    assert "an attempt ended" in said
     job = await engine.job(job_id)
     assert (job.state, job.result, job.seq) == (JobState.SUCCEEDED, 1, 3)
     assert counted(metrics.lease_lost) == lost
