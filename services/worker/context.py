@@ -26,7 +26,7 @@ REPORT_EVERY = 0.1
 # After an outage of the database.
 REPORT_AGAIN = 1.0
 # A handler that only reports would hold the event loop; it lets others run this often.
-YIELD_EVERY = 0.01
+YIELD_EVERY = 0.002
 # Names become part of a path, types become a header.
 ARTIFACT_NAME = re.compile(r"[^/\\\x00-\x1f\x7f\ud800-\udfff]{1,200}")
 CONTENT_TYPE = re.compile(r"[ -~]{1,200}")

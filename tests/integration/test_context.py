@@ -76,6 +76,8 @@ async def test_very_many_reports_cost_a_handful_of_statements(engine: Engine, jo
     began = loop.time()
     for done in range(300_000):
         await job.report(done)
+        if done % 20 == 0:
+            await asyncio.sleep(0)
     newest = await job.close()
     seconds = loop.time() - began
 
@@ -206,6 +208,7 @@ async def test_a_report_that_is_being_written_is_announced_before_the_end(engine
 
             await until(waits)
             closing = asyncio.create_task(job.close())
+            assert not (await asyncio.wait({closing}, timeout=0.1))[0]
         await closing
         await until(lambda: heard)
 

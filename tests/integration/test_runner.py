@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import asyncpg
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -341,28 +340,29 @@ async def test_a_handler_that_fails_while_it_is_cancelled_is_cancelled(engine: E
     assert (await cancelled(engine, handler, started)).state == JobState.CANCELLED
 
 
-async def test_a_cancel_between_the_end_of_the_handler_and_its_writing_changes_nothing(engine: Engine) -> None:
-    """The handler has returned; the cancel is heard while the ending waits for the row."""
-    ids: list[Any] = []
-    blocker = await asyncpg.connect(engine.settings.database_url.get_secret_value())
+async def test_what_interrupts_a_handler_that_has_ended_comes_too_late() -> None:
+    """Neither its outcome nor the count of lost leases may change by that."""
 
-    async def handler(job: JobContext) -> str:
-        await blocker.execute("BEGIN")
-        await blocker.execute("UPDATE jobs SET cancel_requested_at = now() WHERE id = $1 AND state = 'running'", job.id)
-        ids.append(job.id)
+    async def handle() -> str:
         return "done"
 
-    job_id = await engine.submit(handler)
-    await until(lambda: ids)
-    await until(lambda: blocks(engine))
-    await blocker.execute("COMMIT")
-    await blocker.close()
+    attempt = runner.Attempt()
+    task = await attempt.perform(handle(), 10)
 
-    assert (await engine.ended(job_id)).state == JobState.SUCCEEDED
+    assert [attempt.interrupt(reason) for reason in ("cancelled", "drained", "lost")] == [False] * 3
+    assert (attempt.reason, task.result()) == (None, "done")
 
 
-async def blocks(engine: Engine) -> bool:
-    return bool(await engine.database.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+async def test_only_the_loss_of_the_lease_outweighs_the_first_interruption() -> None:
+    attempt = runner.Attempt()
+    performing = asyncio.create_task(attempt.perform(asyncio.sleep(60), 60))
+    await asyncio.sleep(0)
+
+    assert [attempt.interrupt(reason) for reason in ("cancelled", "drained", "lost", "lost", "cancelled")] == [
+        *(True, False, True, False, False)
+    ]
+    assert attempt.reason == "lost"
+    assert (await performing).cancelled()
 
 
 # -- artifacts -----------------------------------------------------------------------------------------------------

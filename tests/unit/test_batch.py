@@ -129,6 +129,25 @@ async def test_the_one_that_is_to_blame_is_found_by_halving() -> None:
     assert runs < 20
 
 
+@pytest.mark.parametrize("fails", [True, False])
+async def test_a_caller_that_goes_away_keeps_no_other_from_its_answer(fails: bool) -> None:
+    async def run(items: Sequence[int]) -> Sequence[int]:
+        await ticks(3)
+        if fails:
+            raise Outage
+        return items
+
+    batch: Batch[int, int] = Batch(run, most=10)
+    first, second = (asyncio.create_task(batch(number)) for number in (1, 2))
+    await ticks(2)
+    first.cancel()
+
+    async with asyncio.timeout(5):
+        answers = await asyncio.gather(first, second, return_exceptions=True)
+    assert isinstance(answers[0], asyncio.CancelledError)
+    assert isinstance(answers[1], Outage) if fails else answers[1] == 2
+
+
 @pytest.mark.parametrize("given_back", [[], [1], [1, 2, 3]])
 async def test_a_wrong_number_of_results_reaches_every_caller(given_back: list[int]) -> None:
     async def run(items: Sequence[int]) -> Sequence[int]:
