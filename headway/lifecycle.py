@@ -138,8 +138,8 @@ class Lifecycle:
         After an outage it may be called again: an ending that was written, though the answer was lost, stands.
         """
         if await self._finish(ending) is None:
-            event = await self._store.ended_by(ending.claim)
-            if event is None or event.data["state"] != ending.state:
+            event = await self._store.ended_by(ending)
+            if event is None:
                 raise self._lost(ending.claim)
             self._ended(ending, event)
 

@@ -178,9 +178,9 @@ class Store:
         events = {(row["id"], row["token"]): _state_event(row) for row in await self.rows(sql.FINISH, records)}
         return [events.get((ending.claim.job_id, ending.claim.token)) for ending in endings]
 
-    async def ended_by(self, claim: Claim) -> Event | None:
-        """The event by which this attempt ended its job, if it did."""
-        rows = await self.rows(sql.ENDED_BY, claim.job_id, claim.token)
+    async def ended_by(self, ending: Ending) -> Event | None:
+        """The event by which the attempt ended like this, if it did."""
+        rows = await self.rows(sql.ENDED_BY, ending.claim.job_id, ending.claim.token, ending.state.value)
         return _state_event(rows[0]) if rows else None
 
     async def release(self, claim: Claim) -> tuple[Event, float] | None:

@@ -200,11 +200,13 @@ WITH r AS (
 SELECT id, token, epoch, seq, data FROM finished JOIN told ON told.job_id = finished.id
 """
 
-# The event by which an attempt ended its job, if it did: for a FINISH whose answer was lost. $1: id, $2: token
+# The event by which an attempt ended in a state, if it did: for a FINISH whose answer was lost.
+# $1: id, $2: token, $3: state
 ENDED_BY = """
 SELECT jobs.id, jobs.epoch, events.seq, events.data
-FROM jobs JOIN events ON events.job_id = jobs.id AND events.seq = jobs.seq
-WHERE jobs.id = $1 AND jobs.token = $2 AND jobs.finished_at IS NOT NULL
+FROM jobs JOIN events ON events.job_id = jobs.id AND events.type = 'state' AND events.data ->> 'state' = $3
+WHERE jobs.id = $1 AND jobs.token = $2 AND jobs.state <> 'running'
+ORDER BY events.seq DESC LIMIT 1
 """
 
 # Give a running job back to the queue without counting the attempt; one that was to be cancelled is cancelled.
