@@ -27,6 +27,14 @@ STREAMED = ("POST", "/api/v1/files")
 LINGER = 5.0
 
 
+class AsWritten(bytes):
+    """A header name that keeps its capitals. uvicorn writes all names in small letters, and clients that hold them in a
+    plain dictionary look for `Location`."""
+
+    def lower(self) -> "AsWritten":
+        return self
+
+
 class ApiHandler(ASGIHandler):
     """Serves what is below `/api/` without a thread."""
 
@@ -56,6 +64,17 @@ class ApiHandler(ASGIHandler):
         await _send(response, send, more_body=True)
         await request.incoming.discard(LINGER)
         await send({"type": "http.response.body"})
+
+    async def send_response(self, response: HttpResponseBase, send: Any) -> None:
+        async def named(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [
+                    (AsWritten(name) if name == b"Location" else name, value) for name, value in message["headers"]
+                ]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await super().send_response(response, named if "Location" in response.headers else send)
 
     async def _answer(self, request: ApiRequest) -> HttpResponseBase:
         try:

@@ -61,6 +61,8 @@ async def test_a_job_is_accepted_run_and_answered_with_its_result(service: Servi
     body = accepted.json()
     assert body["state"] == "queued"
     assert accepted.headers["Location"] == f"/api/v1/jobs/{body['id']}"
+    # Clients that hold headers in a plain dictionary look for it in these letters.
+    assert b"Location" in dict(accepted.headers.raw)
 
     job = await ended(service.http, body["id"])
     assert job["state"] == "succeeded"
