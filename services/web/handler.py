@@ -35,6 +35,9 @@ class AsWritten(bytes):
         return self
 
 
+LOCATION = AsWritten(b"Location")
+
+
 class ApiHandler(ASGIHandler):
     """Serves what is below `/api/` without a thread."""
 
@@ -64,17 +67,6 @@ class ApiHandler(ASGIHandler):
         await _send(response, send, more_body=True)
         await request.incoming.discard(LINGER)
         await send({"type": "http.response.body"})
-
-    async def send_response(self, response: HttpResponseBase, send: Any) -> None:
-        async def named(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                headers = [
-                    (AsWritten(name) if name == b"Location" else name, value) for name, value in message["headers"]
-                ]
-                message = {**message, "headers": headers}
-            await send(message)
-
-        await super().send_response(response, named if "Location" in response.headers else send)
 
     async def _answer(self, request: ApiRequest) -> HttpResponseBase:
         try:
@@ -127,7 +119,10 @@ class ApiHandler(ASGIHandler):
 async def _send(response: HttpResponseBase, send: Any, *, more_body: bool = False) -> None:
     """Send an answer that is whole."""
     content: bytes = response.content  # type: ignore[attr-defined]
-    headers = [(name.encode("ascii"), value.encode("latin1")) for name, value in response.items()]
+    headers = [
+        (LOCATION if name == "Location" else name.encode("ascii"), value.encode("latin1"))
+        for name, value in response.items()
+    ]
     if response.status_code != 304:
         headers.append((b"content-length", b"%d" % len(content)))
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
