@@ -204,9 +204,10 @@ SELECT id, token, epoch, seq, data FROM finished JOIN told ON told.job_id = fini
 # $1: id, $2: token, $3: state
 ENDED_BY = """
 SELECT jobs.id, jobs.epoch, events.seq, events.data
-FROM jobs JOIN events ON events.job_id = jobs.id AND events.type = 'state' AND events.data ->> 'state' = $3
-WHERE jobs.id = $1 AND jobs.token = $2 AND jobs.state <> 'running'
-ORDER BY events.seq DESC LIMIT 1
+FROM jobs JOIN events ON events.job_id = jobs.id
+WHERE jobs.id = $1 AND jobs.token = $2 AND events.type = 'state' AND events.data ->> 'state' = $3 AND events.seq > (
+    SELECT max(seq) FROM events WHERE job_id = $1 AND type = 'state' AND data ->> 'state' = 'running'
+)
 """
 
 # Give a running job back to the queue without counting the attempt; one that was to be cancelled is cancelled.

@@ -115,8 +115,8 @@ class Runner:
         """Write no ending again that an outage of the database has kept from being written."""
         self._abandoned = True
 
-    async def run(self, claim: Claim) -> None:
-        """Perform the attempt and write how it ended. Raises nothing."""
+    async def run(self, claim: Claim, performed: Callable[[], None]) -> None:
+        """Perform the attempt, call `performed`, and write how it ended. Raises nothing."""
         key = claim.job_id, claim.token
         attempt = self._attempts[key] = Attempt()
         context = Context(claim, self._parts, attempt.interrupt)
@@ -126,7 +126,10 @@ class Runner:
             job_id=str(claim.job_id), kind=claim.kind, attempt=claim.attempt, token=claim.token
         )
         try:
-            outcome = await self._perform(claim, attempt, context)
+            try:
+                outcome = await self._perform(claim, attempt, context)
+            finally:
+                performed()
             progress = await context.close()
             metrics.run_time.labels(claim.kind).observe(time.monotonic() - began)
             await self._end(claim, attempt, outcome, progress, context.artifacts)

@@ -74,6 +74,7 @@ class HeadwayWorker(Worker):
         self._queue = queue
         self._keeper = keeper
         self._claiming = asyncio.Lock()
+        self._performing = 0
         self._freed = asyncio.Event()
         self._hinted = False
         self._rescue_at = self._count_at = 0.0
@@ -81,8 +82,10 @@ class HeadwayWorker(Worker):
 
     @property
     def free(self) -> int:
-        """Slots without a job."""
-        return self.max_jobs - len(self.tasks) if self.allow_pick_jobs else 0
+        """Slots without a handler. Endings are written beside the next handlers, of as many jobs as there are slots."""
+        if not self.allow_pick_jobs:
+            return 0
+        return min(self.max_jobs - self._performing, 2 * self.max_jobs - len(self.tasks))
 
     async def main(self) -> None:
         """Listen and scan until drained."""
@@ -192,15 +195,20 @@ class HeadwayWorker(Worker):
             sent_at = time.monotonic()
             for claim in await self._lifecycle.claim(taken, self._kinds, self.name):
                 self._keeper.hold(claim, sent_at)
-                task = asyncio.create_task(self._runner.run(claim))
+                self._performing += 1
+                task = asyncio.create_task(self._runner.run(claim, self._performed))
                 self.tasks[_key(claim)] = task
                 task.add_done_callback(partial(self._ended, claim))
-            metrics.slots_busy.set(len(self.tasks))
+            metrics.slots_busy.set(self._performing)
+
+    def _performed(self) -> None:
+        self._performing -= 1
+        metrics.slots_busy.set(self._performing)
+        self._freed.set()
 
     def _ended(self, claim: Claim, _: asyncio.Task[None]) -> None:
         self._keeper.drop(claim)
         del self.tasks[_key(claim)]
-        metrics.slots_busy.set(len(self.tasks))
         self._freed.set()
 
     async def _count(self) -> None:

@@ -271,28 +271,49 @@ async def test_an_ending_is_fenced_against_another_ending_of_the_same_attempt(en
     assert await engine.state(claim.job_id) == "cancelled"
 
 
-async def test_an_ending_whose_answer_was_lost_stands_when_it_is_written_again(engine: Engine, claim: Claim) -> None:
-    ending = Ending(claim, JobState.SUCCEEDED, result={"a": 1}, artifacts=[ARTIFACT])
-    lost, finished = counted(metrics.lease_lost), counted(metrics.jobs_finished, kind=KIND, outcome="succeeded")
+@pytest.mark.parametrize("promoted", [False, True], ids=["at once", "promoted since"])
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.SCHEDULED])
+async def test_an_ending_whose_answer_was_lost_stands_when_it_is_written_again(
+    engine: Engine, claim: Claim, state: JobState, promoted: bool
+) -> None:
+    again = state == JobState.SCHEDULED
+    ending = Ending(claim, state, delay=0.0 if again else None, artifacts=[ARTIFACT])
+    counter = (metrics.retried, {"kind": KIND}) if again else (metrics.jobs_finished, {"kind": KIND, "outcome": state})
+    lost, ended = counted(metrics.lease_lost), counted(counter[0], **counter[1])
     async with (
         behind_proxy(engine.settings) as (proxy, settings),
         parts(settings, engine.tenant, engine.database) as behind,
     ):
-        cut = proxy.cut_reply(containing=b"succeeded")
+        cut = proxy.cut_reply(containing=state.value.encode())
         with pytest.raises(OUTAGES):
             await behind.lifecycle.finish(ending)
         await cut
-        assert await engine.state(claim.job_id) == "succeeded"
+        assert await engine.state(claim.job_id) == state
+        if promoted:
+            assert await engine.lifecycle.promote(10) == again
 
         async with engine.heard(claim.job_id) as heard:
             await behind.lifecycle.finish(ending)
             await until(lambda: heard)
 
-    [event] = [event for event in await engine.events(claim.job_id) if event.terminal]
+    [event] = [event for event in await engine.events(claim.job_id) if event.data["state"] == state]
     assert (heard[0]["seq"], json.loads(heard[0]["d"])) == (event.seq, event.data)
     assert counted(metrics.lease_lost) == lost
-    assert counted(metrics.jobs_finished, kind=KIND, outcome="succeeded") == finished + 1
+    assert counted(counter[0], **counter[1]) == ended + 1
     assert len(await engine.store.artifacts(claim.job_id, engine.tenant.id)) == 1
+
+
+@pytest.mark.parametrize("state", [JobState.SUCCEEDED, JobState.SCHEDULED])
+async def test_what_an_earlier_attempt_wrote_is_not_taken_for_a_later_ones_ending(
+    engine: Engine, claim: Claim, state: JobState
+) -> None:
+    await engine.lifecycle.finish(Ending(claim, JobState.SCHEDULED, delay=0.0))
+    await engine.lifecycle.promote(10)
+    second = await engine.claim(claim.job_id)
+    await engine.lifecycle.release(second)
+
+    with pytest.raises(LeaseLost):
+        await engine.lifecycle.finish(Ending(second, state, delay=0.0))
 
 
 async def test_a_lease_that_ran_out_is_not_taken_up_again(engine: Engine, claim: Claim) -> None:

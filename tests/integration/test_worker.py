@@ -185,6 +185,26 @@ async def test_slots_are_never_exceeded_and_all_are_used(engine: Engine) -> None
     assert [row["token"] for row in workers] == [1]
 
 
+async def test_a_slot_is_free_while_the_ending_of_its_job_is_written(engine: Engine) -> None:
+    """But no more than as many endings as there are slots wait for the database."""
+    ran: list[Any] = []
+
+    async def handler(job: JobContext) -> None:
+        ran.append(job.id)
+
+    async with worker(engine.settings.model_copy(update={"slots": 1})) as app:
+        async with engine.database.transaction():
+            await engine.database.execute("LOCK TABLE artifacts IN SHARE ROW EXCLUSIVE MODE")
+            ids = [await engine.submit(handler) for _ in range(3)]
+            await until(lambda: len(ran) == 2 and len(app.worker.tasks) == 2)
+            assert app.worker.free == 0
+            assert sorted([await engine.state(job_id) for job_id in ids]) == ["queued", "running", "running"]
+        for job_id in ids:
+            await engine.ended(job_id)
+
+    assert sorted(ran) == sorted(ids)
+
+
 async def test_a_kind_that_a_worker_does_not_know_is_left_to_one_that_does(engine: Engine) -> None:
     job_id = await engine.submit_kind("test.nobody", 1)
     async with worker(engine.settings):
