@@ -41,6 +41,10 @@ LOCATION = AsWritten(b"Location")
 class ApiHandler(ASGIHandler):
     """Serves what is below `/api/` without a thread."""
 
+    # A piece of a stream goes out as it was read. Django's 64 KiB slices of it follow each other without a turn of the
+    # loop, so that a client's leaving was noticed only after many more writes, each of which asyncio warns about.
+    chunk_size = 1 << 30
+
     def load_middleware(self, is_async: bool = True) -> None:
         """Wrap the view in `API_MIDDLEWARE`, as Django does with MIDDLEWARE; `checks` has seen that all is async."""
         chain: Any = self._answer

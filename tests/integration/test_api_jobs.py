@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import os
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from uuid import uuid4
 
 import asyncpg
@@ -280,9 +282,22 @@ async def test_a_client_that_leaves_in_the_middle_of_a_download_is_no_error(
     async with idle(settings, tenant) as http:
         job_id = (await submit(http))["id"]
         await keep_artifact(settings, database, job_id, "large", bytes(20_000_000))
-        async with http.stream("GET", f"/api/v1/jobs/{job_id}/artifacts/large") as answer:
-            async for _ in answer.aiter_bytes(1000):
-                break
+        url = urlsplit(str(http.base_url))
+        request = (
+            f"GET /api/v1/jobs/{job_id}/artifacts/large HTTP/1.1\r\nHost: {url.netloc}\r\n"
+            f"Authorization: Bearer {tenant.api_key}\r\n\r\n"
+        ).encode()
+
+        def read_and_leave(pieces: int) -> None:
+            # From a thread of its own, so that the server is as likely to be in the middle of its writes as not.
+            with socket.create_connection((url.hostname, url.port)) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.sendall(request)
+                for _ in range(pieces):
+                    client.recv(1 << 17)
+
+        for pieces in range(1, 60, 2):
+            await asyncio.to_thread(read_and_leave, pieces)
         assert (await http.get("/api/v1/jobs")).status_code == 200
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
