@@ -63,6 +63,15 @@ class Job(models.Model):
     max_attempts = models.IntegerField(db_default=1)
     idempotency_key = models.TextField(null=True)
     request_digest = models.CharField(max_length=64, null=True)
+    concurrency_key = models.TextField(null=True)
+    concurrency_limit = models.SmallIntegerField(db_default=1)
+    # Which of the key's `concurrency_limit` places a running job holds; a unique index gives each to one job.
+    concurrency_place = models.SmallIntegerField(null=True)
+    # Whether a queued job stands aside until its concurrency key has a place.
+    parked = models.BooleanField(db_default=False)
+    parent_id = models.UUIDField(null=True)
+    depth = models.SmallIntegerField(db_default=0)
+    retry_of = models.UUIDField(null=True)
     attempt = models.IntegerField(db_default=0)
     interruptions = models.IntegerField(db_default=0)
     crashes = models.IntegerField(db_default=0)
@@ -93,11 +102,39 @@ class Job(models.Model):
                 name="jobs_idempotency",
                 condition=models.Q(idempotency_key__isnull=False),
             ),
+            models.UniqueConstraint(
+                fields=["tenant", "concurrency_key", "concurrency_place"],
+                name="jobs_concurrency",
+                condition=models.Q(state="running", concurrency_key__isnull=False),
+            ),
         ]
         indexes: ClassVar = [
             models.Index(fields=["position", "id"], name="jobs_by_position", condition=models.Q(state="queued")),
             models.Index(
                 fields=["tenant", "priority", "position"], name="jobs_flows", condition=models.Q(state="queued")
+            ),
+            models.Index(
+                fields=["kind", "position", "id"],
+                name="jobs_ready",
+                condition=models.Q(state="queued", parked=False, crashes__lt=2),
+            ),
+            models.Index(
+                fields=["tenant", "concurrency_key", "position"],
+                name="jobs_keyed",
+                condition=models.Q(state="queued", concurrency_key__isnull=False),
+            ),
+            # Jobs that wait for their children, and the children.
+            models.Index(
+                fields=["id"], name="jobs_waiting", condition=models.Q(state="scheduled", run_at__isnull=True)
+            ),
+            models.Index(fields=["parent_id", "id"], name="jobs_children", condition=models.Q(parent_id__isnull=False)),
+            models.Index(
+                fields=["parent_id", "state"],
+                name="jobs_open_children",
+                condition=models.Q(parent_id__isnull=False, state__in=OPEN),
+            ),
+            models.Index(
+                fields=["tenant", "finished_at"], name="jobs_ended", condition=models.Q(finished_at__isnull=False)
             ),
             models.Index(
                 fields=["position", "id"],
@@ -186,6 +223,40 @@ class Kind(models.Model):
     input_schema = models.JSONField()
     result_schema = models.JSONField()
     announced_at = models.DateTimeField()
+    paused_at = models.DateTimeField(null=True, editable=False)
 
     class Meta:
         db_table = "kinds"
+        ordering: ClassVar = ["name"]
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+
+class Schedule(models.Model):
+    """Submits a job at every time of a cron expression. `next_at` is the next slot that has not been submitted."""
+
+    id = models.UUIDField(primary_key=True)
+    tenant = models.ForeignKey(Tenant, models.PROTECT, db_index=False)
+    name = models.TextField()
+    cron = models.TextField()
+    timezone = models.TextField(db_default="UTC")
+    catch_up = models.TextField(db_default="one")
+    # What a submission says: kind, input, tags, priority, timeout, max_attempts, concurrency key.
+    job = models.JSONField()
+    next_at = models.DateTimeField()
+    paused_at = models.DateTimeField(null=True)
+    created_at = models.DateTimeField(db_default=Now())
+
+    class Meta:
+        db_table = "schedules"
+        ordering: ClassVar = ["name"]
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["tenant", "name"], name="schedules_name"),
+        ]
+        indexes: ClassVar = [
+            models.Index(fields=["next_at"], name="schedules_due", condition=models.Q(paused_at__isnull=True)),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.name)
