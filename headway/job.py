@@ -56,6 +56,10 @@ class Job:
     priority: Priority
     timeout: float
     max_attempts: int
+    concurrency_key: str | None
+    concurrency_limit: int
+    parent_id: UUID | None
+    retry_of: UUID | None
     attempt: int
     interruptions: int
     crashes: int
@@ -81,6 +85,10 @@ class Job:
             "priority": self.priority.name.lower(),
             "timeout": self.timeout,
             "max_attempts": self.max_attempts,
+            "concurrency_key": self.concurrency_key,
+            "concurrency_limit": self.concurrency_limit,
+            "parent_id": str(self.parent_id) if self.parent_id else None,
+            "retry_of": str(self.retry_of) if self.retry_of else None,
             "attempt": self.attempt,
             "interruptions": self.interruptions,
             "crashes": self.crashes,
@@ -107,6 +115,8 @@ class Claim:
     input: Any
     timeout: float
     max_attempts: int
+    concurrency_key: str | None
+    depth: int
     attempt: int
     token: int
     checkpoint: Any

@@ -1,4 +1,4 @@
-"""The one place that changes a job's state: submit, promote, claim, report, finish, release, rescue, cancel.
+"""The one place that changes a job's state: submit, promote, claim, report, finish, release, rescue, cancel, retry.
 
 Each change is committed first and announced after, also when its caller has gone away meanwhile. A write of a running
 job names the attempt's token; if it matches no row the attempt is over, and LeaseLost says so.
@@ -14,15 +14,16 @@ from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
+import structlog
 from uuid_utils.compat import uuid7
 
 from headway import metrics
-from headway.errors import Crashed, KeyReused, LeaseLost, NotFound
+from headway.errors import Conflict, Crashed, KeyReused, LeaseLost, NotFound
 from headway.events import Events
 from headway.job import Claim, Ending, Event, Job, Priority
 from headway.queue import Queue
 from headway.states import JobState
-from headway.store import OUTAGES, REFUSALS, Store
+from headway.store import OUTAGES, REFUSALS, Key, Store
 from headway.store.batch import Batch
 
 LEASE = timedelta(seconds=15)
@@ -31,6 +32,12 @@ MOST_CRASHES = 3
 SUBMIT_AGAIN = 2.0
 SUBMIT_PAUSE = 0.3
 MESSAGE = 2000
+# Concurrency keys that one statement looks at.
+MOST_KEYS = 500
+# What a client says of a job, but for its concurrency key.
+ASKED = ("kind", "input", "tags", "priority", "timeout", "max_attempts", "run_at", "delay")
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +53,19 @@ class NewJob:
     max_attempts: int
     run_at: str | None = None
     delay: float | None = None
+    concurrency_key: str | None = None
+    concurrency_limit: int = 1
+    parent_id: UUID | None = None
+    depth: int = 0
+    retry_of: UUID | None = None
     idempotency_key: str | None = None
 
     def digest(self) -> str:
         """What tells this request from another one that comes with the same idempotency key."""
-        asked = {name: getattr(self, name) for name in self.__slots__ if name not in ("tenant_id", "idempotency_key")}
+        asked = {name: getattr(self, name) for name in ASKED}
+        if self.concurrency_key is not None:
+            # Apart from the others, so that the digests of requests made before there were such keys still hold.
+            asked |= {"concurrency_key": self.concurrency_key, "concurrency_limit": self.concurrency_limit}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
@@ -70,45 +85,40 @@ class Lifecycle:
         self._submit = Batch(self._submit_all, most=200, faulty=REFUSALS)
         self._report = Batch(self._report_all, most=500, faulty=REFUSALS)
         self._finish = Batch(self._finish_all, most=200, faulty=REFUSALS)
+        self._freed: set[Key] = set()
+        self._unparking: asyncio.Task[None] | None = None
+
+    async def close(self) -> None:
+        """Let parked jobs stand in the queue for which a place was freed."""
+        if self._unparking is not None:
+            await self._unparking
 
     async def submit(self, new: NewJob) -> tuple[Job, bool]:
         """Accept a job: it is committed when this returns. False if the key's job was there already.
 
         Raises KeyReused if the idempotency key belongs to another request.
         """
-        digest = new.digest() if new.idempotency_key else None
-        job, first = await self._submit(
-            {
-                "id": str(uuid7()),
-                "tenant_id": str(new.tenant_id),
-                "kind": new.kind,
-                "input": new.input,
-                "tags": list(new.tags),
-                "priority": new.priority.value,
-                "timeout": new.timeout,
-                "max_attempts": new.max_attempts,
-                "run_at": new.run_at,
-                "delay": new.delay,
-                "idempotency_key": new.idempotency_key,
-                "digest": digest,
-            }
-        )
-        if first is not None and first != digest:
+        record = _record(new)
+        job, first = await self._submit(record)
+        if first is not None and first != record["digest"]:
             raise KeyReused("This Idempotency-Key came with another request before; use a new key for a new job.")
         return job, first is None
 
     async def promote(self, limit: int) -> int:
         """Queue scheduled jobs that are due; how many there were."""
         promoted = await self._store.promote(limit)
-        for event, position in promoted:
-            self._queue.wake(event.job_id, position)
+        for event, position, key in promoted:
             self._events.publish(event)
+            self._due(event.job_id, position, key)
         return len(promoted)
 
     async def claim(self, ids: Sequence[UUID], kinds: Sequence[str], worker: str) -> list[Claim]:
         """Take those of `ids` that are still queued. One that is missing from the answer is someone else's."""
         claims = []
-        for claim, event, waited in await self._store.claim(ids, kinds, worker, self._lease):
+        claimed, full = await self._store.claim(ids, kinds, worker, self._lease)
+        # A place may have been freed while the jobs were parked.
+        self._free(*full)
+        for claim, event, waited in claimed:
             if claim.token == 1:
                 metrics.queue_wait.labels(claim.kind).observe(waited)
             self._events.publish(event)
@@ -153,6 +163,7 @@ class Lifecycle:
             raise self._lost(claim)
         event, position = released
         self._events.publish(event)
+        self._free(_key(claim))
         metrics.interrupted.labels(claim.kind).inc()
         if event.terminal:
             metrics.jobs_finished.labels(claim.kind, event.data["state"]).inc()
@@ -163,7 +174,8 @@ class Lifecycle:
         """Take back jobs of workers that died; how many there were."""
         crashed = Crashed(f"The worker died {MOST_CRASHES} times while it ran this job; its log says why.")
         rescued = await self._store.rescue(MOST_CRASHES, crashed, limit)
-        for kind, event, position in rescued:
+        for kind, event, position, key in rescued:
+            self._free(key)
             state = JobState(event.data["state"])
             metrics.rescued.labels(state.value).inc()
             if state.terminal:
@@ -175,16 +187,47 @@ class Lifecycle:
 
     async def cancel(self, job_id: UUID, tenant_id: UUID) -> Job:
         """The job after the request: cancelled, or running and about to be, or as it ended before. Raises NotFound."""
-        changed = await self._store.cancel(job_id, tenant_id)
-        if changed is None:
-            if (job := await self._store.get(job_id, tenant_id)) is None:
-                raise NotFound(f"There is no job {job_id}.")
-            return job
-        job, event = changed
-        if job.state.terminal:
-            metrics.jobs_finished.labels(job.kind, job.state.value).inc()
-        self._events.publish(event)
+        if changed := await self._cancel_all([job_id], tenant_id):
+            return changed[0]
+        if (job := await self._store.get(job_id, tenant_id)) is None:
+            raise NotFound(f"There is no job {job_id}.")
         return job
+
+    async def cancel_many(self, jobs: Sequence[Job]) -> int:
+        """Cancel what is still open of the jobs of one tenant; how many that changed."""
+        return len(await self._cancel_all([job.id for job in jobs], jobs[0].tenant_id)) if jobs else 0
+
+    async def retry(self, job_id: UUID, tenant_id: UUID) -> tuple[Job, bool]:
+        """A new job that does again what an ended one was to do; False if there was one already.
+
+        Raises NotFound, or Conflict while the job is open.
+        """
+        job = await self._store.get(job_id, tenant_id)
+        if job is None:
+            raise NotFound(f"There is no job {job_id}.")
+        if not job.state.terminal:
+            raise Conflict(
+                f"The job is {job.state.value}; it can be retried once it has ended. Cancel it to end it now."
+            )
+        return await self.submit(_again(job))
+
+    async def retry_many(self, jobs: Sequence[Job]) -> int:
+        """Retry ended jobs; how many were not retried before."""
+        written = await self._submit_all([_record(_again(job)) for job in jobs])
+        return sum(first is None for _, first in written)
+
+    async def unpark(self) -> None:
+        """See for every concurrency key whether parked jobs may stand in the queue: what an outage cut off."""
+        self._free(*await self._store.keys())
+
+    async def _cancel_all(self, ids: Sequence[UUID], tenant_id: UUID) -> list[Job]:
+        changed = await self._store.cancel(ids, tenant_id)
+        for job, event in changed:
+            if job.state.terminal:
+                metrics.jobs_finished.labels(job.kind, job.state.value).inc()
+                self._free(_key(job))
+            self._events.publish(event)
+        return [job for job, _ in changed]
 
     async def _submit_all(self, jobs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[Job, str | None]]:
         accepted = await self._insert(jobs)
@@ -192,7 +235,7 @@ class Lifecycle:
             if first is None:
                 metrics.jobs_submitted.labels(job.kind).inc()
                 if job.state is JobState.QUEUED:
-                    self._queue.wake(job.id, position)
+                    self._due(job.id, position, _key(job))
         return [(job, first) for job, _, first in accepted]
 
     async def _insert(self, jobs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[Job, float, str | None]]:
@@ -227,7 +270,30 @@ class Lifecycle:
             metrics.jobs_finished.labels(ending.claim.kind, ending.state.value).inc()
         else:
             metrics.retried.labels(ending.claim.kind).inc()
+        self._free(_key(ending.claim))
         self._events.publish(event)
+
+    def _due(self, job_id: UUID, position: float, key: Key | None) -> None:
+        """Tell a worker of a queued job, or see whether it has to stay parked."""
+        if key is None:
+            self._queue.wake(job_id, position)
+        else:
+            self._free(key)
+
+    def _free(self, *keys: Key | None) -> None:
+        """Note that a place of these keys may be free. Nobody waits for that; a scan repeats what fails."""
+        self._freed.update(key for key in keys if key is not None)
+        if self._freed and (self._unparking is None or self._unparking.done()):
+            self._unparking = asyncio.create_task(self._unpark())
+
+    async def _unpark(self) -> None:
+        while self._freed:
+            keys = [self._freed.pop() for _ in range(min(len(self._freed), MOST_KEYS))]
+            try:
+                for job_id, position in await self._store.unpark(keys):
+                    self._queue.wake(job_id, position)
+            except OUTAGES as error:
+                log.warning("parked jobs were not looked at; a scan does it again", error=repr(error))
 
     def _announce(self, claim: Claim, event: Event | None) -> Event:
         if event is None:
@@ -238,3 +304,47 @@ class Lifecycle:
     def _lost(self, claim: Claim) -> LeaseLost:
         metrics.lease_lost.inc()
         return LeaseLost(f"Attempt {claim.attempt} of job {claim.job_id} is over; another worker may have it.")
+
+
+def _record(new: NewJob) -> dict[str, Any]:
+    """A new job as the store takes it."""
+    return {
+        "id": str(uuid7()),
+        "tenant_id": str(new.tenant_id),
+        "kind": new.kind,
+        "input": new.input,
+        "tags": list(new.tags),
+        "priority": new.priority.value,
+        "timeout": new.timeout,
+        "max_attempts": new.max_attempts,
+        "run_at": new.run_at,
+        "delay": new.delay,
+        "concurrency_key": new.concurrency_key,
+        "concurrency_limit": new.concurrency_limit,
+        "parent_id": str(new.parent_id) if new.parent_id else None,
+        "depth": new.depth,
+        "retry_of": str(new.retry_of) if new.retry_of else None,
+        "idempotency_key": new.idempotency_key,
+        "digest": new.digest() if new.idempotency_key else None,
+    }
+
+
+def _again(job: Job) -> NewJob:
+    """The job anew. No client can send a key with a space, and each job has one of its own to be retried by."""
+    return NewJob(
+        job.tenant_id,
+        job.kind,
+        job.input,
+        job.tags,
+        job.priority,
+        job.timeout,
+        job.max_attempts,
+        concurrency_key=job.concurrency_key,
+        concurrency_limit=job.concurrency_limit,
+        retry_of=job.id,
+        idempotency_key=f"retry {job.id}",
+    )
+
+
+def _key(job: Job | Claim) -> Key | None:
+    return (job.tenant_id, job.concurrency_key) if job.concurrency_key is not None else None

@@ -23,7 +23,13 @@ oldest_ready_age = Gauge(
 lease_lost = Counter("headway_lease_lost_total", "Writes refused because the attempt was no longer the job's.")
 rescued = Counter("headway_rescued_total", "Jobs taken back from workers that died.", ["outcome"])
 interrupted = Counter("headway_jobs_interrupted_total", "Jobs given back by a worker that was told to stop.", ["kind"])
+schedule_slots = Counter(
+    "headway_schedule_slots_total", "Slots of schedules that were submitted, or missed and passed over.", ["outcome"]
+)
 retried = Counter("headway_jobs_retried_total", "Attempts that failed and are to be run again.", ["kind"])
+claims_repeated = Counter(
+    "headway_claims_repeated_total", "Claims run again because another worker took the same place of a concurrency key."
+)
 slots_busy = Gauge("headway_worker_slots_busy", "Jobs that this worker runs now.")
 slots = Gauge("headway_worker_slots", "Jobs that this worker can run at a time.")
 wakeups_failed = Counter("headway_wakeups_failed_total", "Wake-ups that Redis did not take; a scan finds the jobs.")

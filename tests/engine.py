@@ -31,7 +31,7 @@ from tests.conftest import TEMPLATE, Tenant, make_tenant, until
 from tests.faults.proxy import Proxy
 
 DATABASE = "headway_engine"
-TABLES = ("artifacts", "failures", "events", "jobs", "files", "kinds", "api_keys", "tenants")
+TABLES = ("schedules", "artifacts", "failures", "events", "jobs", "files", "kinds", "api_keys", "tenants")
 
 Handler = Callable[[JobContext], Awaitable[Any]]
 
@@ -61,13 +61,18 @@ class Engine:
     lifecycle: Lifecycle
     files: Files
 
-    async def submit(self, handler: Handler, *, timeout: float = 30, max_attempts: int = 1) -> UUID:
+    async def submit(self, handler: Handler, *, timeout: float = 30, max_attempts: int = 1, **more: Any) -> UUID:
         """A job that runs `handler`, which must be in this process."""
         _handlers[name := uuid4().hex] = handler
-        return await self.submit_kind("test.call", {"handler": name}, timeout=timeout, max_attempts=max_attempts)
+        return await self.submit_kind(
+            "test.call", {"handler": name}, timeout=timeout, max_attempts=max_attempts, **more
+        )
 
-    async def submit_kind(self, kind: str, input: Any, *, timeout: float = 30, max_attempts: int = 1) -> UUID:
-        new = NewJob(self.tenant.id, kind, input, (), Priority.NORMAL, timeout, max_attempts)
+    async def submit_kind(
+        self, kind: str, input: Any, *, timeout: float = 30, max_attempts: int = 1, **more: Any
+    ) -> UUID:
+        asked = {"tags": (), "priority": Priority.NORMAL, "tenant_id": self.tenant.id} | more
+        new = NewJob(kind=kind, input=input, timeout=timeout, max_attempts=max_attempts, **asked)
         return (await self.lifecycle.submit(new))[0].id
 
     async def claim(self, job_id: UUID, kind: str = "test.call") -> Claim:
@@ -169,9 +174,11 @@ async def parts(settings: Settings, tenant: Tenant, database: asyncpg.Connection
     await store.open()
     events = Events(layer)
     files = Files(settings.files_location, max_size=settings.max_file)
+    lifecycle = Lifecycle(store, queue, events)
     try:
-        yield Engine(settings, tenant, database, store, queue, layer, Lifecycle(store, queue, events), files)
+        yield Engine(settings, tenant, database, store, queue, layer, lifecycle, files)
     finally:
+        await lifecycle.close()
         await queue.close()
         await events.close()
         await store.close()

@@ -41,6 +41,11 @@ REFUSALS: tuple[type[Exception], ...] = (
     asyncpg.ProgramLimitExceededError,
 )
 
+# A tenant's concurrency key.
+Key = tuple[UUID, str]
+# How often a claim is run that meets another worker's at the same place of a concurrency key.
+CLAIMS = 5
+
 
 async def prepare(connection: asyncpg.Connection) -> None:
     """Read and write jsonb as Python values."""
@@ -99,43 +104,42 @@ class Store:
 
     async def submit(self, jobs: Sequence[Mapping[str, Any]]) -> list[tuple[Job, float, str | None]]:
         """For each job its row, its position and, if its idempotency key was taken, the digest of the first request."""
-        rows = {row["id"]: row for row in await self.rows(sql.SUBMIT, jobs)}
-        return [
-            (_job(row), row["position"], None) if (row := rows.get(UUID(job["id"]))) else await self._there_already(job)
-            for job in jobs
-        ]
+        rows = {row["id"]: (_job(row), row["position"], None) for row in await self.rows(sql.SUBMIT, jobs)}
+        if missing := [job for job in jobs if UUID(job["id"]) not in rows]:
+            names = ("id", "tenant_id", "idempotency_key")
+            asked = [{name: job[name] for name in names} for job in missing]
+            for row in await self.rows(sql.REPLAY, asked):
+                first = None if row["asked"] == row["id"] else row["request_digest"]
+                rows[row["asked"]] = (_job(row), row["position"], first)
+        return [rows[UUID(job["id"])] for job in jobs]
 
-    async def _there_already(self, job: Mapping[str, Any]) -> tuple[Job, float, str | None]:
-        rows = await self.rows(sql.REPLAY, UUID(job["tenant_id"]), UUID(job["id"]), job["idempotency_key"])
-        mine = str(rows[0]["id"]) == job["id"]
-        return _job(rows[0]), rows[0]["position"], None if mine else rows[0]["request_digest"]
-
-    async def promote(self, limit: int) -> list[tuple[Event, float]]:
-        """The event and the position of each scheduled job that is due and now queued."""
-        return [(_state_event(row), row["position"]) for row in await self.rows(sql.PROMOTE, limit)]
+    async def promote(self, limit: int) -> list[tuple[Event, float, Key | None]]:
+        """The event, position and concurrency key of each scheduled job that is due and now queued."""
+        return [(_state_event(row), row["position"], _key(row)) for row in await self.rows(sql.PROMOTE, limit)]
 
     async def claim(
         self, ids: Sequence[UUID], kinds: Sequence[str], worker: str, lease: timedelta
-    ) -> list[tuple[Claim, Event, float]]:
-        """The jobs that are now this worker's, each with its event and the seconds it waited."""
-        return [
-            (
-                Claim(
-                    job_id=row["id"],
-                    tenant_id=row["tenant_id"],
-                    kind=row["kind"],
-                    input=row["input"],
-                    timeout=row["timeout"],
-                    max_attempts=row["max_attempts"],
-                    attempt=row["attempt"],
-                    token=row["token"],
-                    checkpoint=row["checkpoint"],
-                ),
-                _state_event(row),
-                row["waited"],
-            )
-            for row in await self.rows(sql.CLAIM, ids, kinds, worker, lease)
-        ]
+    ) -> tuple[list[tuple[Claim, Event, float]], list[Key]]:
+        """This worker's jobs, each with its event and the seconds it waited, and the keys that had no place."""
+        for _ in range(CLAIMS):
+            try:
+                rows = await self.rows(sql.CLAIM, ids, kinds, worker, lease)
+            except asyncpg.UniqueViolationError:
+                metrics.claims_repeated.inc()
+                continue
+            claims = [(_claim(row), _state_event(row), row["waited"]) for row in rows if row["kind"] is not None]
+            return claims, [key for row in rows if row["kind"] is None and (key := _key(row))]
+        # Nothing is lost: a scan finds the jobs again.
+        return [], []
+
+    async def unpark(self, keys: Sequence[Key]) -> list[tuple[UUID, float]]:
+        """The id and position of each parked job that now stands in the queue."""
+        tenants, names = zip(*keys, strict=True)
+        return [(row["id"], row["position"]) for row in await self.rows(sql.UNPARK, tenants, names)]
+
+    async def keys(self) -> list[Key]:
+        """The concurrency keys of queued jobs."""
+        return [key for row in await self.rows(sql.KEYS) if (key := _key(row))]
 
     async def ready(self, kinds: Sequence[str], limit: int, worker: str) -> list[UUID]:
         """What this worker may claim next."""
@@ -188,19 +192,20 @@ class Store:
         rows = await self.rows(sql.RELEASE, claim.job_id, claim.token)
         return (_state_event(rows[0]), rows[0]["position"]) if rows else None
 
-    async def rescue(self, most_crashes: int, error: JobError, limit: int) -> list[tuple[str, Event, float]]:
-        """The kind, event and position of each job that was taken back from a worker that died."""
+    async def rescue(
+        self, most_crashes: int, error: JobError, limit: int
+    ) -> list[tuple[str, Event, float, Key | None]]:
+        """The kind, event, position and concurrency key of each job that was taken back from a worker that died."""
         rows = await self.rows(sql.RESCUE, most_crashes, error.as_json(), limit)
-        return [(row["kind"], _state_event(row), row["position"]) for row in rows]
+        return [(row["kind"], _state_event(row), row["position"], _key(row)) for row in rows]
 
     async def cancel_requested(self, ids: Sequence[UUID]) -> list[tuple[UUID, int]]:
         """Which of these running jobs are to be cancelled, each with the token of its attempt."""
         return [(row["id"], row["token"]) for row in await self.rows(sql.CANCEL_REQUESTED, ids)]
 
-    async def cancel(self, job_id: UUID, tenant_id: UUID) -> tuple[Job, Event] | None:
-        """The job after the request and the event of it; None if nothing changed by it."""
-        rows = await self.rows(sql.CANCEL, job_id, tenant_id)
-        return (_job(rows[0]), _state_event(rows[0])) if rows else None
+    async def cancel(self, ids: Sequence[UUID], tenant_id: UUID) -> list[tuple[Job, Event]]:
+        """Each job that the request changed, and the event of it."""
+        return [(_job(row), _state_event(row)) for row in await self.rows(sql.CANCEL, ids, tenant_id)]
 
     async def get(self, job_id: UUID, tenant_id: UUID) -> Job | None:
         rows = await self.rows(sql.GET, job_id, tenant_id)
@@ -214,9 +219,10 @@ class Store:
         state: JobState | None,
         kind: str | None,
         tag: str | None,
+        parent: UUID | None = None,
         limit: int,
     ) -> list[Job]:
-        rows = await self.rows(sql.LIST, tenant_id, before, state.value if state else None, kind, tag, limit)
+        rows = await self.rows(sql.LIST, tenant_id, before, state.value if state else None, kind, tag, parent, limit)
         return [_job(row) for row in rows]
 
     async def events(self, job_id: UUID, tenant_id: UUID, *, after: int, limit: int) -> list[Event]:
@@ -274,6 +280,14 @@ def _job(row: asyncpg.Record) -> Job:
             "priority": Priority(row["priority"]),
         }
     )
+
+
+def _claim(row: asyncpg.Record) -> Claim:
+    return Claim(job_id=row["id"], **{name: row[name] for name in Claim.__slots__ if name != "job_id"})
+
+
+def _key(row: asyncpg.Record) -> Key | None:
+    return (row["tenant_id"], row["concurrency_key"]) if row["concurrency_key"] is not None else None
 
 
 def _state_event(row: asyncpg.Record) -> Event:

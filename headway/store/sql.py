@@ -6,8 +6,9 @@ two of them wait for each other.
 """
 
 JOB = """
-    id, tenant_id, kind, state, input, tags, priority, timeout, max_attempts, attempt, interruptions, crashes,
-    created_at, run_at, started_at, finished_at, cancel_requested_at, progress, result, error, epoch, seq"""
+    id, tenant_id, kind, state, input, tags, priority, timeout, max_attempts, concurrency_key, concurrency_limit,
+    parent_id, retry_of, attempt, interruptions, crashes, created_at, run_at, started_at, finished_at,
+    cancel_requested_at, progress, result, error, epoch, seq"""
 
 # Times in events look as they do everywhere else: RFC 3339 in UTC, milliseconds, Z.
 FORM = """'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'"""
@@ -20,7 +21,7 @@ RUN_AT = f"to_char(run_at AT TIME ZONE 'UTC', {FORM})"
 # high go first among equals.
 FLOWS = """
     SELECT tenant_id, priority, greatest(
-        (SELECT floor(min(position)) FROM jobs WHERE state = 'queued'),
+        (SELECT floor(min(position)) FROM jobs WHERE state = 'queued' AND NOT parked),
         (
             SELECT floor(max(position)) + power(4, f.priority) FROM jobs q
             WHERE q.state = 'queued' AND q.tenant_id = f.tenant_id AND q.priority = f.priority
@@ -32,12 +33,15 @@ PLACE = """start + priority / 4.0
 
 # Insert jobs, each with its first event. One that is there already is left out of the answer: it came with an
 # idempotency key that is taken, or it is sent again because the answer was lost.
-# $1: [{id, tenant_id, kind, input, tags, priority, timeout, max_attempts, run_at, delay, idempotency_key, digest}]
+# One with a concurrency key is parked until UNPARK finds that the key has a place.
+# $1: [{id, tenant_id, kind, input, tags, priority, timeout, max_attempts, run_at, delay, concurrency_key,
+# concurrency_limit, parent_id, depth, retry_of, idempotency_key, digest}]
 SUBMIT = f"""
 WITH r AS (
     SELECT * FROM jsonb_to_recordset($1::jsonb) AS r (
         id uuid, tenant_id uuid, kind text, input jsonb, tags text[], priority smallint, timeout float8,
-        max_attempts int, run_at timestamptz, delay float8, idempotency_key text, digest text
+        max_attempts int, run_at timestamptz, delay float8, concurrency_key text, concurrency_limit smallint,
+        parent_id uuid, depth smallint, retry_of uuid, idempotency_key text, digest text
     )
 ), f AS (
     SELECT DISTINCT tenant_id, priority FROM r
@@ -45,10 +49,12 @@ WITH r AS (
 ), new AS (
     INSERT INTO jobs (
         id, tenant_id, kind, state, input, tags, priority, timeout, max_attempts, run_at, position,
-        idempotency_key, request_digest, seq
+        concurrency_key, concurrency_limit, parked, parent_id, depth, retry_of, idempotency_key, request_digest, seq
     )
     SELECT id, tenant_id, kind, CASE WHEN due > now() THEN 'scheduled' ELSE 'queued' END, coalesce(input, 'null'),
-        tags, priority, timeout, max_attempts, due, {PLACE}, idempotency_key, digest, 1
+        tags, priority, timeout, max_attempts, due, {PLACE},
+        concurrency_key, concurrency_limit, concurrency_key IS NOT NULL, parent_id, depth, retry_of,
+        idempotency_key, digest, 1
     FROM (SELECT *, coalesce(run_at, now() + delay * interval '1 second') AS due FROM r) r
     JOIN flows USING (tenant_id, priority)
     ON CONFLICT DO NOTHING
@@ -61,51 +67,85 @@ WITH r AS (
 SELECT {JOB}, position FROM new
 """
 
-# The job of this id, or else the one that the key was used for. $1: tenant, $2: id, $3: idempotency key
+# For each request the job of its id, or else the one that its key was used for. $1: [{id, tenant_id, idempotency_key}]
 REPLAY = f"""
-SELECT {JOB}, position, request_digest FROM jobs WHERE tenant_id = $1 AND (id = $2 OR idempotency_key = $3)
-ORDER BY id = $2 DESC LIMIT 1
+SELECT r.id AS asked, j.* FROM jsonb_to_recordset($1::jsonb) AS r (id uuid, tenant_id uuid, idempotency_key text)
+CROSS JOIN LATERAL (
+    SELECT {JOB}, position, request_digest FROM jobs
+    WHERE tenant_id = r.tenant_id AND (id = r.id OR idempotency_key = r.idempotency_key)
+    ORDER BY id = r.id DESC LIMIT 1
+) j
 """
 
-# Queue the scheduled jobs that are due. $1: how many
-PROMOTE = f"""
+
+def _queue(which: str) -> str:
+    """Queue scheduled jobs: those that `which`, a condition and an order, selects."""
+    return f"""
 WITH r AS (
-    SELECT id, tenant_id, priority FROM jobs WHERE state = 'scheduled' AND run_at <= now()
-    ORDER BY run_at LIMIT $1 FOR UPDATE SKIP LOCKED
+    SELECT id, tenant_id, priority FROM jobs WHERE state = 'scheduled' AND {which} LIMIT $1 FOR UPDATE SKIP LOCKED
 ), f AS (
     SELECT DISTINCT tenant_id, priority FROM r
 ), flows AS ({FLOWS}
 ), placed AS (
     SELECT id, {PLACE} AS position FROM r JOIN flows USING (tenant_id, priority)
-), promoted AS (
-    UPDATE jobs SET state = 'queued', position = placed.position, seq = seq + 1
+), queued AS (
+    UPDATE jobs SET
+        state = 'queued', position = placed.position, seq = seq + 1, parked = concurrency_key IS NOT NULL
     FROM placed WHERE jobs.id = placed.id
-    RETURNING jobs.id, jobs.state, jobs.attempt, jobs.epoch, jobs.seq, jobs.position
+    RETURNING jobs.id, jobs.tenant_id, jobs.concurrency_key, jobs.state, jobs.attempt, jobs.epoch, jobs.seq,
+        jobs.position
 ), told AS (
     INSERT INTO events (job_id, seq, type, data)
-    SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}) FROM promoted
+    SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}) FROM queued
     RETURNING job_id, data
 )
-SELECT id, epoch, seq, data, position FROM promoted JOIN told ON told.job_id = promoted.id
+SELECT id, tenant_id, concurrency_key, epoch, seq, data, position FROM queued JOIN told ON told.job_id = queued.id
 """
+
+
+# Queue the scheduled jobs that are due. $1: how many
+PROMOTE = _queue("run_at <= now() ORDER BY run_at")
 
 # Whether a worker runs a suspect: a job under which workers died twice. It is to run one at most, so that a job that
 # kills its worker does not take its neighbours along until all have crashed too often.
 SUSPECTED = "SELECT FROM jobs WHERE state = 'running' AND worker = $3 AND crashes > 1"
 
 # Claim those of the jobs $1 that are still queued, one suspect at most. Rows that another worker is claiming are passed
-# over. $1: ids, $2: kinds this worker knows, $3: worker, $4: lease
+# over. A job with a concurrency key takes one of the key's places, or is parked if none is free; two workers that take
+# the same place at once are told apart by the unique index `jobs_concurrency`, and the statement is to be run again.
+# $1: ids, $2: kinds this worker knows, $3: worker, $4: lease
 CLAIM = f"""
 WITH queued AS (
-    SELECT id, crashes FROM jobs WHERE id = ANY($1::uuid[]) AND state = 'queued' AND kind = ANY($2::text[])
-    FOR UPDATE SKIP LOCKED
+    SELECT id, tenant_id, crashes, concurrency_key, concurrency_limit FROM jobs
+    WHERE id = ANY($1::uuid[]) AND state = 'queued' AND kind = ANY($2::text[])
+        AND NOT EXISTS (SELECT FROM kinds WHERE name = jobs.kind AND paused_at IS NOT NULL)
+    FOR NO KEY UPDATE SKIP LOCKED
+), placed AS (
+    SELECT q.id, free.place FROM (
+        SELECT *, row_number() OVER (PARTITION BY tenant_id, concurrency_key ORDER BY id) AS turn
+        FROM queued WHERE concurrency_key IS NOT NULL
+    ) q LEFT JOIN LATERAL (
+        SELECT place FROM generate_series(1, q.concurrency_limit) place
+        WHERE NOT EXISTS (
+            SELECT FROM jobs r WHERE r.tenant_id = q.tenant_id AND r.concurrency_key = q.concurrency_key
+                AND r.state = 'running' AND r.concurrency_place = place
+        )
+        ORDER BY place OFFSET q.turn - 1 LIMIT 1
+    ) free ON true
+), parked AS (
+    UPDATE jobs SET parked = true FROM placed WHERE jobs.id = placed.id AND placed.place IS NULL
+    RETURNING jobs.id, jobs.tenant_id, jobs.concurrency_key
 ), ready AS (
-    SELECT id FROM (SELECT id, crashes, row_number() OVER (PARTITION BY crashes > 1) AS place FROM queued) queued
-    WHERE crashes < 2 OR place = 1 AND NOT EXISTS ({SUSPECTED})
+    SELECT id, place FROM (
+        SELECT id, crashes, placed.place, row_number() OVER (PARTITION BY crashes > 1) AS suspect
+        FROM queued LEFT JOIN placed USING (id) WHERE concurrency_key IS NULL OR placed.place IS NOT NULL
+    ) queued
+    WHERE crashes < 2 OR suspect = 1 AND NOT EXISTS ({SUSPECTED})
 ), claimed AS (
     UPDATE jobs SET
         state = 'running', attempt = attempt + 1, token = token + 1, seq = seq + 1, worker = $3,
-        lease_expires_at = now() + $4::interval, started_at = coalesce(started_at, now())
+        lease_expires_at = now() + $4::interval, started_at = coalesce(started_at, now()),
+        concurrency_place = ready.place
     FROM ready WHERE jobs.id = ready.id
     RETURNING jobs.*
 ), told AS (
@@ -113,19 +153,73 @@ WITH queued AS (
     SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}) FROM claimed
     RETURNING job_id, data
 )
-SELECT id, tenant_id, kind, input, timeout, max_attempts, attempt, token, checkpoint, epoch, seq, data,
-    extract(epoch FROM now() - coalesce(run_at, created_at))::float8 AS waited
+SELECT id, tenant_id, kind, input, timeout, max_attempts, concurrency_key, depth, attempt, token, checkpoint, epoch,
+    seq, data, extract(epoch FROM now() - coalesce(run_at, created_at))::float8 AS waited
 FROM claimed JOIN told ON told.job_id = claimed.id
+UNION ALL
+SELECT id, tenant_id, NULL, NULL, NULL, NULL, concurrency_key, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
+FROM parked
 """
 
-# The queued jobs whose turn is next: what Redis lost, or never heard of. $1: kinds, $2: how many, $3: worker
+# Let those parked jobs stand in the queue that are next in line for the free places of their keys.
+# $1: tenants, $2: the concurrency key of each
+UNPARK = """
+WITH k AS (
+    SELECT k.tenant_id, k.key, (
+        SELECT count(*) FROM jobs
+        WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'running'
+    ) AS running, (
+        SELECT concurrency_limit FROM jobs
+        WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued' ORDER BY position, id LIMIT 1
+    ) AS places
+    FROM unnest($1::uuid[], $2::text[]) AS k (tenant_id, key)
+), next AS (
+    SELECT q.id FROM k CROSS JOIN LATERAL (
+        SELECT id, parked, concurrency_limit, row_number() OVER (ORDER BY position, id) AS turn FROM jobs
+        WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued'
+        ORDER BY position, id LIMIT k.places
+    ) q WHERE q.parked AND q.turn <= q.concurrency_limit - k.running
+), held AS (
+    SELECT id FROM jobs WHERE id IN (SELECT id FROM next) AND state = 'queued' AND parked
+    ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE jobs SET parked = false FROM held WHERE jobs.id = held.id RETURNING jobs.id, jobs.position
+"""
+
+# The concurrency keys of queued jobs, one row of the index for each.
+KEYS = """
+WITH RECURSIVE k AS (
+    (
+        SELECT tenant_id, concurrency_key FROM jobs WHERE state = 'queued' AND concurrency_key IS NOT NULL
+        ORDER BY tenant_id, concurrency_key LIMIT 1
+    ) UNION ALL
+    SELECT following.* FROM k CROSS JOIN LATERAL (
+        SELECT tenant_id, concurrency_key FROM jobs
+        WHERE state = 'queued' AND concurrency_key IS NOT NULL
+            AND (tenant_id, concurrency_key) > (k.tenant_id, k.concurrency_key)
+        ORDER BY tenant_id, concurrency_key LIMIT 1
+    ) following
+)
+SELECT tenant_id, concurrency_key FROM k
+"""
+
+# The queued jobs whose turn is next: what Redis lost, or never heard of. Each kind is asked for its own, so that no
+# backlog of another kind is walked through. $1: kinds, $2: how many, $3: worker
 READY = f"""
+WITH k AS (
+    SELECT kind FROM unnest($1::text[]) AS k (kind)
+    WHERE kind NOT IN (SELECT name FROM kinds WHERE paused_at IS NOT NULL)
+)
 (
-    SELECT id FROM jobs WHERE state = 'queued' AND kind = ANY($1::text[]) AND crashes > 1 AND NOT EXISTS ({SUSPECTED})
+    SELECT id FROM jobs
+    WHERE state = 'queued' AND kind IN (SELECT kind FROM k) AND crashes > 1 AND NOT parked
+        AND NOT EXISTS ({SUSPECTED})
     ORDER BY position, id LIMIT 1
 ) UNION ALL (
-    SELECT id FROM jobs WHERE state = 'queued' AND kind = ANY($1::text[]) AND crashes < 2
-    ORDER BY position, id LIMIT $2
+    SELECT q.id FROM k CROSS JOIN LATERAL (
+        SELECT id, position FROM jobs WHERE state = 'queued' AND kind = k.kind AND crashes < 2 AND NOT parked
+        ORDER BY position, id LIMIT $2
+    ) q ORDER BY q.position, q.id LIMIT $2
 )
 LIMIT $2
 """
@@ -243,7 +337,8 @@ WITH dead AS (
         attempt = CASE WHEN hopeless OR unwanted THEN attempt ELSE attempt - 1 END,
         crashes = crashes + 1, token = token + 1, seq = seq + 1, lease_expires_at = NULL, worker = NULL
     FROM dead WHERE jobs.id = dead.id
-    RETURNING jobs.id, kind, state, attempt, error, epoch, seq, token, position, dead.worker AS died
+    RETURNING jobs.id, tenant_id, concurrency_key, kind, state, attempt, error, epoch, seq, token, position,
+        dead.worker AS died
 ), failed AS (
     INSERT INTO failures (job_id, token, attempt, at, error)
     SELECT id, token, attempt, now(), $2::jsonb || jsonb_build_object('message', 'The worker ' || died || ' died.')
@@ -255,7 +350,8 @@ WITH dead AS (
     )) FROM rescued
     RETURNING job_id, data
 )
-SELECT id, kind, epoch, seq, data, position FROM rescued JOIN told ON told.job_id = rescued.id
+SELECT id, tenant_id, concurrency_key, kind, epoch, seq, data, position
+FROM rescued JOIN told ON told.job_id = rescued.id
 """
 
 # Hold on to what a worker runs. A lease that ran out is not taken up again. $1: ids, $2: tokens, $3: lease
@@ -275,37 +371,43 @@ CANCEL_REQUESTED = """
 SELECT id, token FROM jobs WHERE id = ANY($1::uuid[]) AND state = 'running' AND cancel_requested_at IS NOT NULL
 """
 
-# Cancel a job: at once if it waits, by request if it runs. Terminal jobs and repeated requests match no row.
-# $1: id, $2: tenant
+# Cancel jobs: at once those that wait, by request those that run. Terminal jobs and repeated requests match no row.
+# $1: ids, $2: tenant
 CANCEL = f"""
-WITH cancelled AS (
+WITH held AS (
+    SELECT id FROM jobs
+    WHERE id = ANY($1::uuid[]) AND tenant_id = $2
+        AND state IN ('scheduled', 'queued', 'running') AND cancel_requested_at IS NULL
+    ORDER BY id FOR NO KEY UPDATE
+), cancelled AS (
     UPDATE jobs SET
         cancel_requested_at = now(), seq = seq + 1,
         state = CASE WHEN state = 'running' THEN state ELSE 'cancelled' END,
         finished_at = CASE WHEN state = 'running' THEN NULL ELSE now() END
-    WHERE id = $1 AND tenant_id = $2
-        AND state IN ('scheduled', 'queued', 'running') AND cancel_requested_at IS NULL
-    RETURNING {JOB}
+    FROM held WHERE jobs.id = held.id
+    RETURNING jobs.*
 ), told AS (
     INSERT INTO events (job_id, seq, type, data)
     SELECT id, seq, 'state', jsonb_build_object(
         'state', state, 'attempt', attempt, 'at', {AT}, 'cancel_requested_at', {AT}
     ) FROM cancelled
-    RETURNING data
+    RETURNING job_id, data
 )
-SELECT {JOB}, data FROM cancelled, told
+SELECT {JOB}, data FROM cancelled JOIN told ON told.job_id = cancelled.id
 """
 
 # One job of a tenant. $1: id, $2: tenant
 GET = f"SELECT {JOB} FROM jobs WHERE id = $1 AND tenant_id = $2"
 
-# The newest jobs of a tenant, before a cursor. $1: tenant, $2: before id, $3: state, $4: kind, $5: tag, $6: how many
+# The newest jobs of a tenant, before a cursor.
+# $1: tenant, $2: before id, $3: state, $4: kind, $5: tag, $6: parent, $7: how many
 # With the values known, what is NULL falls away and an index of its own serves each filter.
 LIST = f"""
 SELECT {JOB} FROM jobs
 WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2) AND ($3::text IS NULL OR state = $3)
     AND ($4::text IS NULL OR kind = $4) AND ($5::text IS NULL OR (tags @> ARRAY[$5] AND tags <> '{{}}'))
-ORDER BY id DESC LIMIT $6
+    AND ($6::uuid IS NULL OR parent_id = $6)
+ORDER BY id DESC LIMIT $7
 """
 
 # The durable events of a job after a seq. $1: job, $2: tenant, $3: after seq, $4: how many
@@ -356,7 +458,11 @@ ON CONFLICT (name) DO UPDATE SET
     input_schema = excluded.input_schema, result_schema = excluded.result_schema, announced_at = excluded.announced_at
 """
 
-KINDS = "SELECT name, description, timeout, max_attempts, input_schema, result_schema FROM kinds ORDER BY name"
+KINDS = f"""
+SELECT name, description, timeout, max_attempts, input_schema, result_schema,
+    to_char(paused_at AT TIME ZONE 'UTC', {FORM}) AS paused_at
+FROM kinds ORDER BY name
+"""
 
 # Open jobs by state, and the age in seconds of the queued one that has been due longest.
 OPEN = """

@@ -7,6 +7,7 @@ from headway.events import Events, layer
 from headway.files import Files
 from headway.lifecycle import Lifecycle
 from headway.queue import Queue
+from headway.schedules import Schedules
 from headway.settings import Settings
 from headway.store import Store
 from services.web.api.auth import Keyring
@@ -21,6 +22,7 @@ class App:
     settings: Settings
     store: Store
     lifecycle: Lifecycle
+    schedules: Schedules
     files: Files
     keyring: Keyring
     catalog: Catalog
@@ -37,10 +39,12 @@ class App:
         jobs = Queue(queue.connect(redis_url))
         events = Events(layer(redis_url))
         hub = Hub(events.layer)
+        lifecycle = Lifecycle(store, jobs, events)
         return cls(
             settings=settings,
             store=store,
-            lifecycle=Lifecycle(store, jobs, events),
+            lifecycle=lifecycle,
+            schedules=Schedules(store, lifecycle),
             files=Files(settings.files_location, max_size=settings.max_file),
             keyring=Keyring(store, settings.key_pepper.get_secret_value()),
             catalog=Catalog(store),
@@ -51,6 +55,7 @@ class App:
 
     async def close(self) -> None:
         await self.hub.close()
+        await self.lifecycle.close()
         await self.queue.close()
         await self.events.close()
         await self.store.close()

@@ -162,6 +162,7 @@ class HeadwayWorker(Worker):
                         self._runner.cancel(job_id, token)
                 if time.monotonic() >= self._rescue_at:
                     await self._lifecycle.rescue(RESCUED_AT_ONCE)
+                    await self._lifecycle.unpark()
                     self._rescue_at = time.monotonic() + RESCUE_EVERY
                 if time.monotonic() >= self._count_at:
                     await self._count()

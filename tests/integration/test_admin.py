@@ -184,3 +184,19 @@ async def test_the_api_describes_itself(settings: Settings, database: asyncpg.Co
     (scheme,) = api["components"]["securitySchemes"].values()
     assert scheme == {"type": "http", "scheme": "bearer"}
     assert api["security"]
+
+
+def test_a_kind_is_paused_and_resumed_and_otherwise_left_as_it_is(site: "Client") -> None:
+    from django.utils import timezone
+
+    from services.web.accounts.models import Kind
+
+    schemas: dict[str, Any] = {"input_schema": {}, "result_schema": {}}
+    Kind.objects.create(name="report.build", description="", timeout=1, announced_at=timezone.now(), **schemas)
+    listed = "/admin/headway/kind/"
+    assert "1 paused: jobs are accepted and wait" in page(site, listed, action="pause", _selected_action="report.build")
+    assert Kind.objects.get().paused_at is not None
+    page(site, f"{listed}report.build/change/")
+    assert site.post(f"{listed}report.build/change/", {"timeout": 5}).status_code == 403
+    assert "1 resumed." in page(site, listed, action="resume", _selected_action="report.build")
+    assert Kind.objects.get().paused_at is None

@@ -117,7 +117,19 @@ WRITES = [report_it, log_it, save_it, release_it, retry_it, *FINISHES]
 async def job_in(engine: Engine, state: JobState) -> Claim:
     """A job in this state, and the claim that it had or would have."""
     job_id = await engine.submit_kind(KIND, {})
-    claim = Claim(job_id, engine.tenant.id, KIND, {}, 30, max_attempts=1, attempt=1, token=1, checkpoint=None)
+    claim = Claim(
+        job_id,
+        engine.tenant.id,
+        KIND,
+        {},
+        30,
+        max_attempts=1,
+        concurrency_key=None,
+        depth=0,
+        attempt=1,
+        token=1,
+        checkpoint=None,
+    )
     if state == JobState.SCHEDULED:
         await engine.database.execute("UPDATE jobs SET state = 'scheduled', run_at = now() WHERE id = $1", job_id)
     elif state != JobState.QUEUED:

@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 from psycopg.sql import Literal
 from psycopg.types.json import Json
+from uuid_utils.compat import uuid7
 
 from headway.embedded import Embedded
 from headway.store import sql
@@ -20,6 +21,8 @@ from tests.engine import engine as make_engine
 
 FINISHED = 100_000
 OPEN = 50
+# Jobs that stand aside for their concurrency key.
+PARKED = 5_000
 # A worker of 100 slots and a page of jobs read a few blocks each; a hundred thousand jobs are thousands of them.
 MOST_BLOCKS = 700
 
@@ -36,6 +39,12 @@ FROM generate_series(1, $2::int) n, (SELECT array_agg(id) AS others FROM tenants
 """
 
 
+BACKLOG = """
+INSERT INTO jobs (id, tenant_id, kind, state, input, timeout, position, concurrency_key, parked, seq)
+SELECT uuidv7(), $1, 'test.call', 'queued', '{}', 60, n, 'key ' || n % 10, true, 1 FROM generate_series(1, $2::int) n
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield tmp_path_factory.mktemp("plans")
@@ -49,6 +58,7 @@ async def engine(servers: Embedded, folder: Path) -> AsyncIterator[Engine]:
             "INSERT INTO tenants (id, name) SELECT uuidv7(), 'tenant-' || n FROM generate_series(1, 20) n"
         )
         await engine.database.execute(HISTORY, engine.tenant.id, FINISHED)
+        await engine.database.execute(BACKLOG, engine.tenant.id, PARKED)
         ids = [await engine.submit_kind("test.call", {}) for _ in range(OPEN)]
         await engine.lifecycle.claim(ids[: OPEN // 2], ["test.call"], "a worker")
         await engine.database.execute("VACUUM ANALYZE jobs")
@@ -101,7 +111,10 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 async def ids(engine: Engine, state: str) -> list[UUID]:
-    return [row["id"] for row in await engine.database.fetch("SELECT id FROM jobs WHERE state = $1 LIMIT 20", state)]
+    return [
+        row["id"]
+        for row in await engine.database.fetch("SELECT id FROM jobs WHERE state = $1 AND NOT parked LIMIT 20", state)
+    ]
 
 
 async def test_claim(engine: Engine, planning: psycopg.Connection) -> None:
@@ -112,6 +125,21 @@ async def test_claim(engine: Engine, planning: psycopg.Connection) -> None:
 async def test_ready(engine: Engine, planning: psycopg.Connection) -> None:
     explain(planning, sql.READY, ["test.call"], 20, "a worker")
     explain(planning, sql.READY, ["kind.of_no_job"], 20, "a worker")
+
+
+async def test_promote(engine: Engine, planning: psycopg.Connection) -> None:
+    explain(planning, sql.PROMOTE, 500)
+
+
+async def test_concurrency_keys(engine: Engine, planning: psycopg.Connection) -> None:
+    explain(planning, sql.KEYS)
+    explain(planning, sql.UNPARK, [engine.tenant.id] * 10, [f"key {n}" for n in range(10)])
+
+
+async def test_submit(engine: Engine, planning: psycopg.Connection) -> None:
+    record = {"tenant_id": str(engine.tenant.id), "kind": "test.call", "input": {}, "tags": [], "priority": 1}
+    record |= {"timeout": 60, "max_attempts": 1, "concurrency_limit": 1, "depth": 0}
+    explain(planning, sql.SUBMIT, [record | {"id": str(uuid7()), "concurrency_key": key} for key in (None, "key 1")])
 
 
 async def test_rescue(engine: Engine, planning: psycopg.Connection) -> None:
@@ -154,4 +182,4 @@ async def test_list(
 ) -> None:
     middle = await engine.database.fetchval("SELECT id FROM jobs ORDER BY id OFFSET 50000 LIMIT 1")
     for before in (None, middle):
-        explain(planning, sql.LIST, engine.tenant.id, before, state, kind, tag, 51)
+        explain(planning, sql.LIST, engine.tenant.id, before, state, kind, tag, None, 51)

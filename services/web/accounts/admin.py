@@ -11,7 +11,7 @@ from django.utils import timezone
 from django.utils.html import format_html
 
 from headway import keys
-from services.web.accounts.models import ApiKey, Job, Tenant
+from services.web.accounts.models import ApiKey, Job, Kind, Tenant
 
 
 @admin.register(Tenant)
@@ -56,6 +56,32 @@ class ApiKeyAdmin(admin.ModelAdmin):
     def revoke(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> None:
         count = queryset.filter(revoked_at=None).update(revoked_at=timezone.now())
         messages.success(request, f"{count} key{'' if count == 1 else 's'} revoked; that takes effect in five seconds.")
+
+
+@admin.register(Kind)
+class KindAdmin(admin.ModelAdmin):
+    """Kinds are announced by workers; here they are paused, so that none of their jobs is started, and resumed."""
+
+    list_display = ("name", "description", "timeout", "max_attempts", "announced_at", "paused_at")
+    actions = ("pause", "resume")
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return obj is None and super().has_change_permission(request)
+
+    def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return False
+
+    @admin.action(description="Pause the selected kinds", permissions=["change"])
+    def pause(self, request: HttpRequest, queryset: QuerySet[Kind]) -> None:
+        count = queryset.filter(paused_at=None).update(paused_at=timezone.now())
+        messages.success(request, f"{count} paused: jobs are accepted and wait; those that run go on.")
+
+    @admin.action(description="Resume the selected kinds", permissions=["change"])
+    def resume(self, request: HttpRequest, queryset: QuerySet[Kind]) -> None:
+        messages.success(request, f"{queryset.exclude(paused_at=None).update(paused_at=None)} resumed.")
 
 
 @admin.register(Job)

@@ -109,7 +109,9 @@ class Job(models.Model):
             ),
         ]
         indexes: ClassVar = [
-            models.Index(fields=["position", "id"], name="jobs_by_position", condition=models.Q(state="queued")),
+            models.Index(
+                fields=["position", "id"], name="jobs_by_position", condition=models.Q(state="queued", parked=False)
+            ),
             models.Index(
                 fields=["tenant", "priority", "position"], name="jobs_flows", condition=models.Q(state="queued")
             ),
@@ -119,7 +121,7 @@ class Job(models.Model):
                 condition=models.Q(state="queued", parked=False, crashes__lt=2),
             ),
             models.Index(
-                fields=["tenant", "concurrency_key", "position"],
+                fields=["tenant", "concurrency_key", "position", "id"],
                 name="jobs_keyed",
                 condition=models.Q(state="queued", concurrency_key__isnull=False),
             ),

@@ -2,6 +2,7 @@
 
 import base64
 import re
+import time
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -22,6 +23,9 @@ LONGEST = 7 * 86400.0
 FARTHEST = 400 * 86400.0
 # A client's clock may be this far off before its run_at counts as past.
 CLOCKS = 60.0
+# Jobs that a bulk request changes in one transaction, and the seconds after which it leaves the rest to the next one.
+BULK = 500
+BULK_TIME = 20.0
 KEY = re.compile(r"[!-~]{1,255}")
 # One range; a header that is anything else is passed over, as RFC 9110 permits, and the whole is sent.
 RANGE = re.compile(r"bytes=(?:(?P<start>\d{1,18})-(?P<end>\d{1,18})?|-(?P<last>\d{1,18}))", re.ASCII)
@@ -58,6 +62,15 @@ class Submission(Schema):
     max_attempts: int | None = Field(
         default=None, ge=1, le=100, description="Attempts it may take; the kind's own number if left out."
     )
+    concurrency_key: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="Jobs with the same key share `concurrency_limit` places, across all workers.",
+    )
+    concurrency_limit: int = Field(
+        default=1, ge=1, le=100, description="How many jobs with this job's key may run when it is to start."
+    )
 
     @model_validator(mode="after")
     def _one_time(self) -> "Submission":
@@ -67,6 +80,10 @@ class Submission(Schema):
             ahead = (self.run_at - datetime.now(UTC)).total_seconds()
             if not -CLOCKS <= ahead <= FARTHEST:
                 raise ValueError("run_at must lie ahead, by at most 400 days; leave it out to run the job at once")
+        if self.concurrency_key is None and "concurrency_limit" in self.model_fields_set:
+            raise ValueError("concurrency_limit needs a concurrency_key, which says whose limit it is")
+        if self.concurrency_key is not None and "\0" in self.concurrency_key:
+            raise ValueError("concurrency_key has a NUL character, which cannot be kept; leave it out")
         return self
 
 
@@ -78,8 +95,29 @@ class Filter(Schema):
     state: JobState | None = None
     kind: str | None = Field(default=None, max_length=200)
     tag: str | None = Field(default=None, max_length=100)
+    parent: UUID | None = Field(default=None, description="The children of this job.")
     limit: int = Field(default=50, ge=1, le=500)
     cursor: str | None = Field(default=None, max_length=100, description="`next_cursor` of the page before.")
+
+
+class Bulk(Schema):
+    """What to do with which jobs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    action: Literal["cancel", "retry"]
+    state: JobState = Field(strict=False, description="Open to cancel: scheduled, queued, running; ended to retry.")
+    kind: str | None = Field(default=None, max_length=200)
+    tag: str | None = Field(default=None, max_length=100)
+    limit: int = Field(default=10_000, ge=1, le=100_000, description="How many jobs to look at, at most.")
+    cursor: str | None = Field(default=None, max_length=100, description="`next_cursor` of the answer before.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Bulk":
+        if self.state.terminal == (self.action == "cancel"):
+            there = "scheduled, queued or running" if self.action == "cancel" else "succeeded, failed or cancelled"
+            raise ValueError(f"{self.action} needs a state that is {there}")
+        return self
 
 
 @router.post("", summary="Submit a job", response={202: None})
@@ -99,6 +137,8 @@ async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
             job.max_attempts or entry.kind["max_attempts"],
             run_at=timestamp(job.run_at),
             delay=job.delay,
+            concurrency_key=job.concurrency_key,
+            concurrency_limit=job.concurrency_limit,
             idempotency_key=_idempotency_key(request),
         )
     )
@@ -118,11 +158,15 @@ async def list_jobs(request: ApiRequest, wanted: Query[Filter]) -> HttpResponse:
         state=wanted.state,
         kind=wanted.kind,
         tag=wanted.tag,
+        parent=wanted.parent,
         limit=wanted.limit + 1,
     )
     page = jobs[: wanted.limit]
     return answer(
-        {"jobs": [job.as_json() for job in page], "next_cursor": _cursor(page[-1]) if len(jobs) > len(page) else None}
+        {
+            "jobs": [job.as_json() for job in page],
+            "next_cursor": _cursor(page[-1].id) if len(jobs) > len(page) else None,
+        }
     )
 
 
@@ -142,6 +186,43 @@ async def cancel(request: ApiRequest, job_id: UUID) -> HttpResponse:
     request.only()
     job = await request.app.lifecycle.cancel(job_id, request.auth.tenant_id)
     return answer(job.as_json(), 200 if job.state.terminal else 202)
+
+
+@router.post("/{uuid:job_id}/retry", summary="Run an ended job again", response={200: None, 202: None})
+async def retry(request: ApiRequest, job_id: UUID) -> HttpResponse:
+    """202 with a new job of the same kind and input, whose `retry_of` is this one; 200 if it is there already.
+
+    The old job stays as it ended. While it is open the answer is 409.
+    """
+    request.only()
+    job, created = await request.app.lifecycle.retry(job_id, request.auth.tenant_id)
+    return answer(job.as_json(), 202 if created else 200, {"Location": f"/api/v1/jobs/{job.id}"})
+
+
+@router.post("/bulk", summary="Cancel or retry all jobs that match")
+async def bulk(request: ApiRequest, wanted: Bulk) -> HttpResponse:
+    """Works through the matching jobs, newest first, in small transactions.
+
+    Answers how many matched and how many of these changed: those that had ended, or were retried before, do not. Where
+    `next_cursor` is not null there may be more: send the same request with it as `cursor`.
+    """
+    request.only()
+    app, tenant_id = request.app, request.auth.tenant_id
+    before = _before(wanted.cursor) if wanted.cursor else None
+    change = app.lifecycle.cancel_many if wanted.action == "cancel" else app.lifecycle.retry_many
+    matched = changed = 0
+    began = time.monotonic()
+    more = True
+    while more and matched < wanted.limit and time.monotonic() - began < BULK_TIME:
+        size = min(BULK, wanted.limit - matched)
+        jobs = await app.store.list_jobs(
+            tenant_id, before=before, state=wanted.state, kind=wanted.kind, tag=wanted.tag, limit=size
+        )
+        changed += await change(jobs)
+        matched += len(jobs)
+        more = len(jobs) == size
+        before = jobs[-1].id if jobs else before
+    return answer({"matched": matched, "changed": changed, "next_cursor": _cursor(before) if more and before else None})
 
 
 @router.get("/{uuid:job_id}/failures", summary="Why attempts of a job failed")
@@ -223,8 +304,8 @@ def _idempotency_key(request: ApiRequest) -> str | None:
     return key
 
 
-def _cursor(job: Job) -> str:
-    return base64.urlsafe_b64encode(job.id.bytes).decode().rstrip("=")
+def _cursor(job_id: UUID) -> str:
+    return base64.urlsafe_b64encode(job_id.bytes).decode().rstrip("=")
 
 
 def _before(cursor: str) -> UUID:

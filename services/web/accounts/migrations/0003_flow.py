@@ -75,6 +75,15 @@ class Migration(migrations.Migration):
             name="paused_at",
             field=models.DateTimeField(editable=False, null=True),
         ),
+        migrations.RemoveIndex(model_name="job", name="jobs_by_position"),
+        migrations.AddIndex(
+            model_name="job",
+            index=models.Index(
+                condition=models.Q(("parked", False), ("state", "queued")),
+                fields=["position", "id"],
+                name="jobs_by_position",
+            ),
+        ),
         migrations.AddIndex(
             model_name="job",
             index=models.Index(
@@ -87,7 +96,7 @@ class Migration(migrations.Migration):
             model_name="job",
             index=models.Index(
                 condition=models.Q(("concurrency_key__isnull", False), ("state", "queued")),
-                fields=["tenant", "concurrency_key", "position"],
+                fields=["tenant", "concurrency_key", "position", "id"],
                 name="jobs_keyed",
             ),
         ),

@@ -1,0 +1,139 @@
+"""Concurrency keys and paused kinds: what may not run now stands aside, and delays nobody."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import pytest_asyncio
+
+from headway import JobContext
+from headway.embedded import Embedded
+from headway.job import Ending
+from headway.states import JobState
+from tests.conftest import make_tenant, until
+from tests.engine import Engine, worker
+from tests.engine import engine as make_engine
+
+KIND = "test.call"
+
+
+@pytest_asyncio.fixture
+async def engine(servers: Embedded, tmp_path: Path) -> AsyncIterator[Engine]:
+    async with make_engine(servers, tmp_path) as engine:
+        yield engine
+
+
+async def submit(engine: Engine, key: str | None, *, limit: int = 1, **more: Any) -> UUID:
+    return await engine.submit_kind(KIND, {}, concurrency_key=key, concurrency_limit=limit, **more)
+
+
+async def standing(engine: Engine) -> list[UUID]:
+    """The jobs that a worker would find, once nothing is to be unparked any more."""
+    await engine.lifecycle.close()
+    return await engine.store.ready([KIND], 100, "a worker of the test")
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+async def test_no_more_jobs_of_a_key_run_than_its_limit_however_many_workers_claim(engine: Engine, limit: int) -> None:
+    ids = [await submit(engine, "mail", limit=limit) for _ in range(12)]
+    # As if a worker had read them all before any was claimed.
+    await engine.database.execute("UPDATE jobs SET parked = false")
+
+    taken = await asyncio.gather(*(engine.lifecycle.claim(ids, [KIND], f"worker {n}") for n in range(8)))
+
+    assert sum(len(claims) for claims in taken) == limit
+    places = await engine.database.fetch("SELECT concurrency_place FROM jobs WHERE state = 'running'")
+    assert sorted(row[0] for row in places) == list(range(1, limit + 1))
+
+
+async def test_a_backlog_of_a_key_stands_aside_and_comes_in_order(engine: Engine) -> None:
+    ids = [await submit(engine, "mail") for _ in range(5)]
+    other = await submit(engine, None)
+    for job_id in ids:
+        assert set(await standing(engine)) == {job_id, other}
+        claim = await engine.claim(job_id)
+        assert await standing(engine) == [other]
+        await engine.lifecycle.finish(Ending(claim, JobState.SUCCEEDED))
+
+
+@pytest.mark.parametrize("how", ["cancelled", "released and cancelled", "crashed", "failed", "retried"])
+async def test_whatever_ends_a_job_lets_the_next_of_its_key_run(engine: Engine, how: str) -> None:
+    first = await submit(engine, "mail", max_attempts=2 if how == "retried" else 1)
+    second = await submit(engine, "mail")
+    assert await standing(engine) == [first]
+    claim = await engine.claim(first)
+    assert await standing(engine) == []
+    if how == "cancelled":
+        await engine.lifecycle.cancel(first, engine.tenant.id)
+        await engine.lifecycle.release(claim)
+    elif how == "released and cancelled":
+        await engine.lifecycle.release(claim)
+        await engine.lifecycle.cancel(first, engine.tenant.id)
+    elif how == "crashed":
+        await engine.database.execute("UPDATE jobs SET crashes = 2 WHERE id = $1", first)
+        await engine.expire(first)
+        await engine.lifecycle.rescue(10)
+    else:
+        state = JobState.SCHEDULED if how == "retried" else JobState.FAILED
+        await engine.lifecycle.finish(Ending(claim, state, error={"type": "fatal"}, delay=60))
+    assert await standing(engine) == [second]
+
+
+async def test_keys_of_two_tenants_and_two_names_are_apart(engine: Engine) -> None:
+    other = await make_tenant(engine.database, "other")
+    a, b = await submit(engine, "mail"), await submit(engine, "print")
+    c = await submit(engine, "mail", tenant_id=other.id)
+    assert set(await standing(engine)) == {a, b, c}
+    assert len(await engine.lifecycle.claim([a, b, c], [KIND], "a worker")) == 3
+
+
+async def test_a_place_freed_in_an_outage_is_found_by_the_scan(engine: Engine) -> None:
+    first, second = await submit(engine, "mail"), await submit(engine, "mail")
+    await standing(engine)
+    await engine.claim(first)
+    # As if the process had died between the end of the first and the look at the second.
+    await engine.database.execute("UPDATE jobs SET state = 'succeeded', finished_at = now() WHERE id = $1", first)
+    assert await standing(engine) == []
+    await engine.lifecycle.unpark()
+    assert await standing(engine) == [second]
+
+
+async def test_workers_run_keyed_jobs_one_at_a_time_to_the_last(engine: Engine) -> None:
+    running: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    done = []
+
+    async def handler(job: JobContext) -> None:
+        key = (await engine.job(job.id)).concurrency_key or ""
+        running[key] += 1
+        most[key] = max(most[key], running[key])
+        await asyncio.sleep(0)
+        running[key] -= 1
+        done.append(job.id)
+
+    async with worker(engine.settings), worker(engine.settings):
+        ids = [
+            await engine.submit(handler, concurrency_key=f"key {n % 3}", concurrency_limit=1 + n % 3) for n in range(30)
+        ]
+        await until(lambda: len(done) == 30)
+    assert sorted(done) == sorted(ids)
+    assert all(most[f"key {n}"] <= n + 1 for n in range(3)), most
+
+
+async def test_a_paused_kind_starts_nothing_and_delays_nobody_until_it_is_resumed(engine: Engine) -> None:
+    announced = {"name": KIND, "description": "", "timeout": 1, "max_attempts": 1}
+    announced |= {"input_schema": {}, "result_schema": {}}
+    job_id = await submit(engine, None)
+    await engine.store.announce_kinds([announced])
+    await engine.database.execute("UPDATE kinds SET paused_at = now() WHERE name = $1", KIND)
+    assert await standing(engine) == []
+    assert await engine.lifecycle.claim([job_id], [KIND], "a worker") == []
+    # A worker that starts announces its kinds; that does not resume them.
+    await engine.store.announce_kinds([announced])
+    assert await standing(engine) == []
+    await engine.database.execute("UPDATE kinds SET paused_at = NULL WHERE name = $1", KIND)
+    assert await standing(engine) == [job_id]
