@@ -14,10 +14,9 @@ from uuid import UUID
 
 import click
 
-from headway.client import pages, text
-from headway.client.errors import ApiError
+from headway.client import actions, pages, text
 from headway.client.render import Lines, view
-from headway.client.session import FAILED, OUTCOMES, REFUSED, Input, Session, Upload, complain
+from headway.client.session import OUTCOMES, Input, Session, Upload
 from headway.states import JobState
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ def cli(context: click.Context, url: str | None, api_key: str | None) -> None:
 @click.option("--delay", type=click.FloatRange(min=0), metavar="SECONDS", help="Run it this much later.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds an attempt may run.")
 @click.option("--max-attempts", type=click.IntRange(1, 100), help="Attempts it may take, if they fail.")
+@click.option("--concurrency-key", metavar="KEY", help="Jobs with the same key share places to run in.")
+@click.option("--concurrency-limit", type=click.IntRange(1, 100), help="How many places the key has.  [default: 1]")
 @click.option("--idempotency-key", metavar="KEY", help="Submitting again with the same key makes no second job.")
 @click.option("--follow", "follow_it", is_flag=True, help="Show progress until the job ends, then its result.")
 @json_option
@@ -78,6 +79,8 @@ def submit(
     delay: float | None,
     timeout: float | None,
     max_attempts: int | None,
+    concurrency_key: str | None,
+    concurrency_limit: int | None,
     idempotency_key: str | None,
     follow_it: bool,
     as_json: bool,
@@ -111,6 +114,8 @@ def submit(
                 delay=delay,
                 timeout=timeout,
                 max_attempts=max_attempts,
+                concurrency_key=concurrency_key,
+                concurrency_limit=concurrency_limit,
                 idempotency_key=idempotency_key,
             )
             if follow_it:
@@ -194,29 +199,8 @@ def get(session: Session, job_id: UUID, as_json: bool) -> None:
     session.run(work)
 
 
-@cli.command()
-@click.argument("job_ids", metavar="ID...", type=click.UUID, nargs=-1, required=True)
-@click.pass_obj
-def cancel(session: Session, job_ids: tuple[UUID, ...]) -> None:
-    """Cancel jobs. One that has already succeeded or failed stays as it is, and the exit code is 1."""
-
-    async def work(client: "Client") -> int:
-        code = 0
-        for job_id in job_ids:
-            try:
-                job = await client.cancel(job_id)
-            except ApiError as error:
-                complain(error)
-                code = REFUSED
-                continue
-            if job["state"] in (JobState.SUCCEEDED, JobState.FAILED):
-                click.echo(f"{job_id} had already {text.inert(job['state'])}.", err=True)
-                code = code or FAILED
-            else:
-                click.echo(f"{job_id} {'is cancelled' if job['state'] == JobState.CANCELLED else 'will be cancelled'}.")
-        return code
-
-    session.run(work)
+cli.add_command(actions.cancel)
+cli.add_command(actions.retry)
 
 
 @cli.command()

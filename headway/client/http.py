@@ -85,6 +85,8 @@ class Client:
         delay: float | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - the job's, not the call's
         max_attempts: int | None = None,
+        concurrency_key: str | None = None,
+        concurrency_limit: int | None = None,
         idempotency_key: str | None = None,
     ) -> Json:
         """Submit a job; it is durable when this returns.
@@ -98,6 +100,8 @@ class Client:
             "delay": delay,
             "timeout": timeout,
             "max_attempts": max_attempts,
+            "concurrency_key": concurrency_key,
+            "concurrency_limit": concurrency_limit,
         }
         body |= {name: value for name, value in optional.items() if value is not None}
         headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
@@ -129,6 +133,22 @@ class Client:
     async def cancel(self, job_id: JobId) -> Json:
         """Ask for a job to be cancelled; the job after that. One that runs ends within a moment. Raises NotFound."""
         return await self._json("POST", f"/jobs/{_part(job_id)}/cancel", repeatable=True)
+
+    async def retry(self, job_id: JobId) -> Json:
+        """Run an ended job again: the new job, or the one that was made before. Raises NotFound, or a 409 ApiError."""
+        return await self._json("POST", f"/jobs/{_part(job_id)}/retry", repeatable=True)
+
+    async def bulk(self, action: str, *, state: str, kind: str | None = None, tag: str | None = None) -> int:
+        """`cancel` or `retry` all jobs that fit; how many that changed. A job that was retried is not retried again."""
+        changed, cursor = 0, None
+        while True:
+            asked = {"action": action, "state": state, "kind": kind, "tag": tag, "cursor": cursor}
+            body = {name: value for name, value in asked.items() if value is not None}
+            answer = await self._json("POST", "/jobs/bulk", repeatable=True, json=body)
+            changed += int(answer["changed"])
+            cursor = answer["next_cursor"]
+            if cursor is None:
+                return changed
 
     async def kinds(self) -> Sequence[Json]:
         """The kinds that can be submitted, with the JSON Schemas of input and result."""

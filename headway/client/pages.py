@@ -23,6 +23,9 @@ def job(job: Json) -> list[str]:
         lines.append(f"cancel requested: {moment(job['cancel_requested_at'])}")
     if job["attempt"] > 1:
         lines.append(f"attempt: {job['attempt']}")
+    for name, other in (("retry of", job["retry_of"]), ("child of", job["parent_id"])):
+        if other:
+            lines.append(f"{name}: {inert(other)}")
     if job["tags"]:
         lines.append(f"tags: {inert(', '.join(job['tags']))}")
     if job["progress"]:

@@ -217,6 +217,27 @@ async def test_cancelling_what_has_succeeded_is_a_failure(headway: Shell, servic
     assert (ran.code, ran.err) == (1, f"{job['id']} had already succeeded.\n")
 
 
+async def test_an_ended_job_is_retried_once(headway: Shell, service: Service) -> None:
+    job = await service.client.submit("demo.countdown", {"seconds": 0}, tags=["x"])
+    await service.client.wait(job["id"], timeout=10)
+    first = await headway("retry", job["id"])
+    again = await headway("retry", job["id"])
+    assert (first.code, again.out) == (0, first.out)
+    new = await service.client.wait(first.out.strip(), timeout=10)
+    assert (new["retry_of"], new["state"]) == (job["id"], "succeeded")
+    everything = await headway("retry", "--state", "succeeded", "--tag", "x")
+    assert (everything.code, everything.out) == (0, "1 job retried.\n")
+
+
+async def test_all_that_match_are_cancelled(headway: Shell, service: Service) -> None:
+    for _ in range(3):
+        await service.client.submit("demo.countdown", {"seconds": 60}, delay=60, concurrency_key="k")
+    ran = await headway("cancel", "--state", "scheduled", "--kind", "demo.countdown")
+    assert (ran.code, ran.out) == (0, "3 jobs cancelled, or will be.\n")
+    for wrong in (["cancel"], ["retry", "--state", "running"], ["cancel", str(uuid4()), "--kind", "demo.countdown"]):
+        assert (await headway(*wrong)).code == 2
+
+
 def interrupt(process: Process) -> None:
     process.send_signal(signal.SIGINT)
 
