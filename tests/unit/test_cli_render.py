@@ -47,6 +47,8 @@ def test_every_page_is_inert() -> None:
         "started_at": "2025-01-01T00:00:00.000Z",
         "finished_at": "2025-01-01T00:00:01.500Z",
         "cancel_requested_at": None,
+        "retry_of": None,
+        "parent_id": None,
         "attempt": 2,
         "tags": [HOSTILE],
         "progress": {"done": 1, "total": 2, "unit": HOSTILE, "counts": {HOSTILE: 1}},
