@@ -6,11 +6,12 @@ The names here are those that job authors use.
 from typing import TYPE_CHECKING, Any
 
 from headway.errors import Fatal, LeaseLost, Retry
+from headway.job import Child, ChildEnding
 
 if TYPE_CHECKING:
     from headway.kinds import JobContext, kind
 
-__all__ = ["Fatal", "JobContext", "LeaseLost", "Retry", "kind"]
+__all__ = ["Child", "ChildEnding", "Fatal", "JobContext", "LeaseLost", "Retry", "kind"]
 
 
 def __getattr__(name: str) -> Any:

@@ -123,6 +123,31 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class Child:
+    """A job that a handler submits as a part of its own. What is left out is the kind's own; `timeout` is seconds."""
+
+    kind: str
+    input: Any
+    tags: Sequence[str] = ()
+    priority: Priority = Priority.NORMAL
+    timeout: float | None = None
+    max_attempts: int | None = None
+    concurrency_key: str | None = None
+    concurrency_limit: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ChildEnding:
+    """How a child ended: `result` if it succeeded, `error` as `{"type", "message"}` if it failed."""
+
+    id: UUID
+    kind: str
+    state: JobState
+    result: Any = None
+    error: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     """Something that happened to a job, committed before anyone hears of it.
 

@@ -104,9 +104,9 @@ class Lifecycle:
             raise KeyReused("This Idempotency-Key came with another request before; use a new key for a new job.")
         return job, first is None
 
-    async def promote(self, limit: int) -> int:
-        """Queue scheduled jobs that are due; how many there were."""
-        promoted = await self._store.promote(limit)
+    async def promote(self, limit: int, *, waiting: bool = False) -> int:
+        """Queue scheduled jobs that are due, or, `waiting`, whose children have all ended; how many there were."""
+        promoted = await self._store.promote(limit, waiting=waiting)
         for event, position, key in promoted:
             self._events.publish(event)
             self._due(event.job_id, position, key)
@@ -170,6 +170,25 @@ class Lifecycle:
         else:
             self._queue.wake(claim.job_id, position)
 
+    async def wait(self, claim: Claim, progress: Mapping[str, Any]) -> None:
+        """Let a job wait for its children without a slot; the attempt does not count. Raises LeaseLost.
+
+        A job that was to be cancelled is cancelled.
+        """
+        event = self._announce(claim, await self._store.wait(claim, progress))
+        self._free(_key(claim))
+        if event.terminal:
+            metrics.jobs_finished.labels(claim.kind, event.data["state"]).inc()
+
+    async def tally(self, limit: int) -> None:
+        """Bring the progress of jobs that wait for their children up to date."""
+        for event in await self._store.tally(limit):
+            self._events.publish(event)
+
+    async def submit_all(self, jobs: Sequence[NewJob]) -> None:
+        """Accept jobs in one statement; those whose idempotency keys are taken are there already."""
+        await self._submit_all([_record(new) for new in jobs])
+
     async def rescue(self, limit: int) -> int:
         """Take back jobs of workers that died; how many there were."""
         crashed = Crashed(f"The worker died {MOST_CRASHES} times while it ran this job; its log says why.")
@@ -193,9 +212,9 @@ class Lifecycle:
             raise NotFound(f"There is no job {job_id}.")
         return job
 
-    async def cancel_many(self, jobs: Sequence[Job]) -> int:
-        """Cancel what is still open of the jobs of one tenant; how many that changed."""
-        return len(await self._cancel_all([job.id for job in jobs], jobs[0].tenant_id)) if jobs else 0
+    async def cancel_many(self, ids: Sequence[UUID], tenant_id: UUID) -> int:
+        """Cancel those of a tenant's jobs that are open; how many that changed."""
+        return len(await self._cancel_all(ids, tenant_id))
 
     async def retry(self, job_id: UUID, tenant_id: UUID) -> tuple[Job, bool]:
         """A new job that does again what an ended one was to do; False if there was one already.

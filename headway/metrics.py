@@ -30,6 +30,7 @@ retried = Counter("headway_jobs_retried_total", "Attempts that failed and are to
 claims_repeated = Counter(
     "headway_claims_repeated_total", "Claims run again because another worker took the same place of a concurrency key."
 )
+jobs_deleted = Counter("headway_jobs_deleted_total", "Ended jobs that were kept long enough and are deleted.")
 slots_busy = Gauge("headway_worker_slots_busy", "Jobs that this worker runs now.")
 slots = Gauge("headway_worker_slots", "Jobs that this worker can run at a time.")
 wakeups_failed = Counter("headway_wakeups_failed_total", "Wake-ups that Redis did not take; a scan finds the jobs.")

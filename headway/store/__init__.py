@@ -113,9 +113,13 @@ class Store:
                 rows[row["asked"]] = (_job(row), row["position"], first)
         return [rows[UUID(job["id"])] for job in jobs]
 
-    async def promote(self, limit: int) -> list[tuple[Event, float, Key | None]]:
-        """The event, position and concurrency key of each scheduled job that is due and now queued."""
-        return [(_state_event(row), row["position"], _key(row)) for row in await self.rows(sql.PROMOTE, limit)]
+    async def promote(self, limit: int, *, waiting: bool = False) -> list[tuple[Event, float, Key | None]]:
+        """The event, position and concurrency key of each scheduled job that is due and now queued.
+
+        With `waiting` those that waited for children, all of which have ended.
+        """
+        rows = await self.rows(sql.WAKE if waiting else sql.PROMOTE, limit)
+        return [(_state_event(row), row["position"], _key(row)) for row in rows]
 
     async def claim(
         self, ids: Sequence[UUID], kinds: Sequence[str], worker: str, lease: timedelta
@@ -191,6 +195,15 @@ class Store:
         """The event and the job's position in the queue."""
         rows = await self.rows(sql.RELEASE, claim.job_id, claim.token)
         return (_state_event(rows[0]), rows[0]["position"]) if rows else None
+
+    async def wait(self, claim: Claim, progress: Mapping[str, Any]) -> Event | None:
+        rows = await self.rows(sql.WAIT, claim.job_id, claim.token, progress)
+        return _state_event(rows[0]) if rows else None
+
+    async def tally(self, limit: int) -> list[Event]:
+        """The event of each waiting job whose progress changed."""
+        rows = await self.rows(sql.TALLY, limit)
+        return [Event(row["id"], row["epoch"], row["seq"], "progress", row["progress"]) for row in rows]
 
     async def rescue(
         self, most_crashes: int, error: JobError, limit: int

@@ -106,6 +106,11 @@ SELECT id, tenant_id, concurrency_key, epoch, seq, data, position FROM queued JO
 # Queue the scheduled jobs that are due. $1: how many
 PROMOTE = _queue("run_at <= now() ORDER BY run_at")
 
+# Queue the jobs whose children have all ended: a job that waits for children is scheduled for no time. $1: how many
+WAKE = _queue("""run_at IS NULL AND NOT EXISTS (
+        SELECT FROM jobs c WHERE c.parent_id = jobs.id AND c.state IN ('scheduled', 'queued', 'running')
+    ) ORDER BY id""")
+
 # Whether a worker runs a suspect: a job under which workers died twice. It is to run one at most, so that a job that
 # kills its worker does not take its neighbours along until all have crashed too often.
 SUSPECTED = "SELECT FROM jobs WHERE state = 'running' AND worker = $3 AND crashes > 1"
@@ -320,6 +325,42 @@ INSERT INTO events (job_id, seq, type, data)
 SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}, 'reason', 'interrupted')
 FROM released
 RETURNING job_id AS id, (SELECT epoch FROM released) AS epoch, seq, data, (SELECT position FROM released) AS position
+"""
+
+# Let a running job wait for its children without a slot; one that was to be cancelled is cancelled.
+# $1: id, $2: token, $3: progress
+WAIT = f"""
+WITH waiting AS (
+    UPDATE jobs SET
+        state = CASE WHEN cancel_requested_at IS NULL THEN 'scheduled' ELSE 'cancelled' END,
+        attempt = CASE WHEN cancel_requested_at IS NULL THEN attempt - 1 ELSE attempt END,
+        finished_at = CASE WHEN cancel_requested_at IS NOT NULL THEN now() END,
+        run_at = NULL, progress = $3::jsonb, seq = seq + 1, lease_expires_at = NULL, worker = NULL
+    WHERE id = $1 AND token = $2 AND state = 'running'
+    RETURNING id, state, attempt, progress, epoch, seq
+)
+INSERT INTO events (job_id, seq, type, data)
+SELECT id, seq, 'state', jsonb_build_object(
+    'state', state, 'attempt', attempt, 'at', {AT}, 'progress', progress, 'reason', 'waits for its children'
+)
+FROM waiting
+RETURNING job_id AS id, (SELECT epoch FROM waiting) AS epoch, seq, data
+"""
+
+# Bring the progress of jobs that wait for their children up to date. $1: how many
+TALLY = """
+WITH waiting AS (
+    SELECT id, (
+        SELECT count(*) FROM jobs c WHERE c.parent_id = jobs.id AND c.state IN ('scheduled', 'queued', 'running')
+    ) AS open
+    FROM jobs WHERE state = 'scheduled' AND run_at IS NULL
+    ORDER BY id LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE jobs SET
+    progress = jsonb_set(progress, '{done}', to_jsonb((progress ->> 'total')::bigint - waiting.open)), seq = seq + 1
+FROM waiting
+WHERE jobs.id = waiting.id AND (progress ->> 'done')::bigint <> (progress ->> 'total')::bigint - waiting.open
+RETURNING jobs.id, jobs.epoch, jobs.seq, jobs.progress
 """
 
 # Take back jobs whose lease ran out. The crash is counted apart from attempts; at $1 crashes the job fails.

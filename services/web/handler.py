@@ -127,7 +127,7 @@ async def _send(response: HttpResponseBase, send: Any, *, more_body: bool = Fals
         (LOCATION if name == "Location" else name.encode("ascii"), value.encode("latin1"))
         for name, value in response.items()
     ]
-    if response.status_code != 304:
+    if response.status_code not in (204, 304):
         headers.append((b"content-length", b"%d" % len(content)))
     await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
     await send({"type": "http.response.body", "body": content, "more_body": more_body})

@@ -12,7 +12,7 @@ from ninja.openapi.schema import OpenAPISchema
 from ninja.operation import Operation
 from ninja.parser import Parser
 
-from services.web.api import files, jobs, kinds
+from services.web.api import files, jobs, kinds, schedules
 from services.web.api.answers import on_exception
 from services.web.api.bodies import parse
 
@@ -58,6 +58,7 @@ for error in (Exception, HttpError, ValidationError):
 api.add_router("/jobs", jobs.router)
 api.add_router("/files", files.router)
 api.add_router("/kinds", kinds.router)
+api.add_router("/schedules", schedules.router)
 
 admin.site.site_header = admin.site.site_title = "Headway"
 admin.site.index_title = "Operations"

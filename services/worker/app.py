@@ -12,13 +12,18 @@ import structlog
 from headway import kinds, queue
 from headway.events import Events, layer
 from headway.files import Files
+from headway.groups import Groups
 from headway.lifecycle import LEASE, Lifecycle
 from headway.queue import Queue
+from headway.retention import Retention
+from headway.schedules import Schedules
 from headway.settings import Settings
 from headway.store import OUTAGES, Store
 from services.worker.context import Parts
 from services.worker.lease import LeaseKeeper
 from services.worker.runner import Runner
+from services.worker.scheduler import Scheduler
+from services.worker.sweeper import Sweeper
 from services.worker.worker import HeadwayWorker
 
 log = structlog.get_logger(__name__)
@@ -29,6 +34,7 @@ class App:
     """One worker and what it holds."""
 
     store: Store
+    lifecycle: Lifecycle
     queue: Queue
     events: Events
     keeper: LeaseKeeper
@@ -47,6 +53,8 @@ class App:
         lifecycle = Lifecycle(store, wakeups, events, lease=lease)
         files = Files(settings.files_location, max_size=settings.max_file)
         runner = Runner(found, Parts(settings, store, lifecycle, files))
+        age = timedelta(days=settings.keep_days)
+        retention = Retention(store, files, age=age, most=settings.keep_jobs)
         loop = asyncio.get_running_loop()
 
         def lost(job_id: UUID, token: int) -> None:
@@ -60,15 +68,18 @@ class App:
             kinds=list(found),
             runner=runner,
             lifecycle=lifecycle,
+            groups=Groups(store, lifecycle),
             store=store,
             queue=wakeups,
             keeper=keeper,
+            beside=[Scheduler(Schedules(store, lifecycle)).run, Sweeper(retention).run],
         )
-        return cls(store, wakeups, events, keeper, worker)
+        return cls(store, lifecycle, wakeups, events, keeper, worker)
 
     async def close(self) -> None:
         self.keeper.stop()
         await asyncio.to_thread(self.keeper.join, 5)
+        await self.lifecycle.close()
         await self.queue.close()
         await self.events.close()
         await self.store.close()

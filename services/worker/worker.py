@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 from uuid import UUID
@@ -13,6 +13,7 @@ from arq.worker import Worker, func
 from redis.exceptions import RedisError
 
 from headway import metrics
+from headway.groups import Groups
 from headway.job import Claim
 from headway.lifecycle import Lifecycle
 from headway.queue import FUNCTION, NAME, Queue, serialize
@@ -48,9 +49,11 @@ class HeadwayWorker(Worker):
         kinds: Sequence[str],
         runner: Runner,
         lifecycle: Lifecycle,
+        groups: Groups,
         store: Store,
         queue: Queue,
         keeper: LeaseKeeper,
+        beside: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
     ) -> None:
         async def run(ctx: dict[str, Any], job_id: str) -> None:
             """What a wake-up calls, in arq's terms."""
@@ -70,9 +73,11 @@ class HeadwayWorker(Worker):
         self._kinds = kinds
         self._runner = runner
         self._lifecycle = lifecycle
+        self._groups = groups
         self._store = store
         self._queue = queue
         self._keeper = keeper
+        self._beside = beside
         self._claiming = asyncio.Lock()
         self._performing = 0
         self._freed = asyncio.Event()
@@ -88,7 +93,7 @@ class HeadwayWorker(Worker):
         return min(self.max_jobs - self._performing, 2 * self.max_jobs - len(self.tasks))
 
     async def main(self) -> None:
-        """Listen and scan until drained."""
+        """Listen and scan until drained, and run what is to run `beside`."""
         if not self.allow_pick_jobs:
             # Told to stop before it began.
             return
@@ -97,6 +102,8 @@ class HeadwayWorker(Worker):
             loops.create_task(self._find())
             loops.create_task(self._look_after())
             loops.create_task(self._promote())
+            for run in self._beside:
+                loops.create_task(run())
 
     async def start_jobs(self, job_ids: Sequence[bytes]) -> None:
         """Claim those jobs that are still queued and run them; more than there are slots go back to the queue."""
@@ -153,13 +160,14 @@ class HeadwayWorker(Worker):
                 log.warning("a scan failed; the next one follows", error=repr(error))
 
     async def _look_after(self) -> None:
-        """See to jobs that are to be cancelled, to workers that died, and to the metrics."""
+        """See to jobs that are to be cancelled, to parents and children, to workers that died, and to the metrics."""
         while True:
             await asyncio.sleep(SCAN_EVERY)
             try:
                 if running := self._runner.running:
                     for job_id, token in await self._store.cancel_requested(running):
                         self._runner.cancel(job_id, token)
+                await self._groups.tend()
                 if time.monotonic() >= self._rescue_at:
                     await self._lifecycle.rescue(RESCUED_AT_ONCE)
                     await self._lifecycle.unpark()

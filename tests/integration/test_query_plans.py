@@ -15,7 +15,7 @@ from psycopg.types.json import Json
 from uuid_utils.compat import uuid7
 
 from headway.embedded import Embedded
-from headway.store import sql
+from headway.store import groups, sql
 from tests.engine import Engine
 from tests.engine import engine as make_engine
 
@@ -140,6 +140,21 @@ async def test_submit(engine: Engine, planning: psycopg.Connection) -> None:
     record = {"tenant_id": str(engine.tenant.id), "kind": "test.call", "input": {}, "tags": [], "priority": 1}
     record |= {"timeout": 60, "max_attempts": 1, "concurrency_limit": 1, "depth": 0}
     explain(planning, sql.SUBMIT, [record | {"id": str(uuid7()), "concurrency_key": key} for key in (None, "key 1")])
+
+
+async def test_groups(engine: Engine, planning: psycopg.Connection) -> None:
+    [parent, *others] = await ids(engine, "queued")
+    key = f"child {parent} 0"
+    await engine.database.execute(
+        "UPDATE jobs SET state = 'scheduled', run_at = NULL, progress = '{\"done\": 0, \"total\": 9}' WHERE id = $1",
+        parent,
+    )
+    await engine.database.execute("UPDATE jobs SET parent_id = $1 WHERE id = ANY($2)", parent, others)
+    explain(planning, sql.TALLY, 1000)
+    explain(planning, sql.WAKE, 1000)
+    explain(planning, groups.ORPHANS, 500)
+    explain(planning, groups.CHILDREN, engine.tenant.id, [key] * 100)
+    explain(planning, sql.LIST, engine.tenant.id, None, None, None, None, parent, 51)
 
 
 async def test_rescue(engine: Engine, planning: psycopg.Connection) -> None:

@@ -139,7 +139,7 @@ async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
             delay=job.delay,
             concurrency_key=job.concurrency_key,
             concurrency_limit=job.concurrency_limit,
-            idempotency_key=_idempotency_key(request),
+            idempotency_key=idempotency_key(request),
         )
     )
     headers = {"Location": f"/api/v1/jobs/{accepted.id}"}
@@ -209,7 +209,6 @@ async def bulk(request: ApiRequest, wanted: Bulk) -> HttpResponse:
     request.only()
     app, tenant_id = request.app, request.auth.tenant_id
     before = _before(wanted.cursor) if wanted.cursor else None
-    change = app.lifecycle.cancel_many if wanted.action == "cancel" else app.lifecycle.retry_many
     matched = changed = 0
     began = time.monotonic()
     more = True
@@ -218,7 +217,10 @@ async def bulk(request: ApiRequest, wanted: Bulk) -> HttpResponse:
         jobs = await app.store.list_jobs(
             tenant_id, before=before, state=wanted.state, kind=wanted.kind, tag=wanted.tag, limit=size
         )
-        changed += await change(jobs)
+        if wanted.action == "cancel":
+            changed += await app.lifecycle.cancel_many([job.id for job in jobs], tenant_id)
+        else:
+            changed += await app.lifecycle.retry_many(jobs)
         matched += len(jobs)
         more = len(jobs) == size
         before = jobs[-1].id if jobs else before
@@ -297,7 +299,8 @@ async def _artifacts(request: ApiRequest, job_id: UUID) -> list[Artifact]:
     return await request.app.store.artifacts(job_id, request.auth.tenant_id)
 
 
-def _idempotency_key(request: ApiRequest) -> str | None:
+def idempotency_key(request: ApiRequest) -> str | None:
+    """The request's Idempotency-Key, if it has one. Raises BadRequest if that cannot be one."""
     key = request.headers.get("Idempotency-Key")
     if key is not None and not KEY.fullmatch(key):
         raise BadRequest("An Idempotency-Key has 1 to 255 visible ASCII characters, such as a UUID.")

@@ -1,0 +1,33 @@
+"""Retention by every worker, a while after it started: several that sweep at once do no harm."""
+
+import asyncio
+import random
+
+import structlog
+
+from headway.retention import Retention
+from headway.store import OUTAGES
+
+SWEEP_EVERY = 60.0
+
+log = structlog.get_logger(__name__)
+
+
+class Sweeper:
+    """Deletes jobs that are kept no longer."""
+
+    def __init__(self, retention: Retention) -> None:
+        self._retention = retention
+
+    async def run(self) -> None:
+        """Sweep about once a minute, for ever."""
+        while True:
+            # Workers that started together take turns.
+            await asyncio.sleep(SWEEP_EVERY * random.uniform(0.5, 1.5))  # noqa: S311
+            try:
+                if deleted := await self._retention.sweep():
+                    log.info("ended jobs were deleted", jobs=deleted)
+            except OUTAGES as error:
+                log.warning("ended jobs were not deleted; the next sweep follows", error=repr(error))
+            except OSError:
+                log.exception("files of ended jobs were not deleted; the next sweep tries again")
