@@ -16,6 +16,8 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from uuid import UUID
 
@@ -24,6 +26,7 @@ import uvloop
 from aiohttp import web
 
 from headway import JobContext
+from headway.files import Files
 from headway.kinds import ArtifactWriter, InputFile
 from services.worker.kinds.http_fetch import FetchInput, fetch
 
@@ -50,10 +53,14 @@ def serve(ready: Connection) -> None:
 
 
 class Unrecorded(JobContext):
-    """A job that nobody follows: the artifact's bytes are counted and dropped."""
+    """A job that nobody follows: the artifact's bytes are counted and dropped, its parts are written to a folder."""
 
-    def __init__(self) -> None:
-        self.written = 0
+    interruption = None
+    checkpoint = None
+
+    def __init__(self, folder: Path) -> None:
+        self.written = self.saved = 0
+        self._files = Files(folder.as_uri(), max_size=1 << 30)
 
     async def report(
         self,
@@ -68,6 +75,14 @@ class Unrecorded(JobContext):
     async def log(self, message: str, *, level: str = "info") -> None: ...
 
     async def save_checkpoint(self, value: Any) -> None: ...
+
+    async def save_part(self, data: bytes) -> str:
+        self.saved += 1
+        await self._files.save(key := f"parts/{self.saved}", data)
+        return key
+
+    def read_part(self, key: str) -> AsyncIterator[bytes]:
+        return self._files.read(key)
 
     async def open_file(self, file_id: UUID) -> InputFile:
         raise NotImplementedError
@@ -84,7 +99,9 @@ class Unrecorded(JobContext):
 
 
 async def headway(urls: list[str], concurrency: int) -> None:
-    result = await fetch(Unrecorded(), FetchInput(urls=urls, concurrency=concurrency, per_host=min(concurrency, 50)))
+    input = FetchInput(urls=urls, concurrency=concurrency, per_host=min(concurrency, 50))
+    with TemporaryDirectory() as folder:
+        result = await fetch(Unrecorded(Path(folder)), input)
     assert result.ok == len(urls), result
 
 

@@ -22,6 +22,7 @@ HeadwayError
 │   ├── InputRefused           input-refused  the worker's model refuses the input
 │   ├── TimedOut               timed-out
 │   ├── HandlerFailed          handler-failed any other exception of a handler
+│   ├── ChildDied              child-died     the process of a handler died under it
 │   └── Crashed                crashed        the worker died under it, as often as is allowed
 └── LeaseLost                  a fenced write matched no row: stop, write nothing
 """
@@ -195,6 +196,12 @@ class HandlerFailed(JobError):
     slug = "handler-failed"
 
 
+class ChildDied(JobError):
+    """The process that ran the handler of a `runs="process"` kind died; the message names its signal or exit code."""
+
+    slug = "child-died"
+
+
 class Crashed(JobError):
     """The worker process died while it ran the job, as often as is allowed; see the worker's log for why."""
 
@@ -215,4 +222,4 @@ PROBLEMS: tuple[type[Problem], ...] = (
     Internal,
     Unavailable,
 )
-JOB_ERRORS: tuple[type[JobError], ...] = (Fatal, Retry, InputRefused, TimedOut, HandlerFailed, Crashed)
+JOB_ERRORS: tuple[type[JobError], ...] = (Fatal, Retry, InputRefused, TimedOut, HandlerFailed, ChildDied, Crashed)

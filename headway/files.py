@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
+import os
+import shutil
+from collections.abc import AsyncIterator, Container, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,11 @@ def artifact_key(job_id: UUID, token: int, number: int) -> str:
     return f"artifacts/{job_id}/{token}/{number}"
 
 
+def part_key(job_id: UUID, token: int, number: int) -> str:
+    """Where a part of what a job is making is kept, apart for each attempt as well."""
+    return f"parts/{job_id}/{token}/{number}"
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
     """What was written: its size in bytes and the hex SHA-256 of its bytes."""
@@ -53,6 +60,7 @@ class Files:
             raise InvalidSettings(
                 f"Files cannot be kept in {folder}: {error}. Check HEADWAY_FILES_URL or HEADWAY_HOME."
             ) from None
+        self._folder = folder
         self._max_size = max_size
 
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> Stored:
@@ -101,11 +109,64 @@ class Files:
         async for piece in found.stream(chunk):
             yield bytes(piece)
 
+    async def save(self, key: str, data: bytes) -> None:
+        """Write `data` under `key`; it outlasts a loss of power once this returns. Raises TooLarge past the limit."""
+        if len(data) > self._max_size:
+            raise TooLarge(f"{len(data):,} bytes are over the limit of {self._max_size:,}; keep them in smaller parts.")
+        await obstore.put_async(self._store, key, data, use_multipart=False)
+        await asyncio.to_thread(self._sync, key)
+
     async def delete(self, keys: Sequence[str]) -> None:
         """Forget what is kept under `keys`; those that do not exist are passed over."""
         for key in keys:
             with suppress(FileNotFoundError):
                 await obstore.delete_async(self._store, key)
+
+    async def delete_attempts(self, job_id: UUID, last: int, *, keep: Container[str]) -> None:
+        """Forget all that attempts of a job have left, up to the one with the token `last`, but for the keys to keep.
+
+        Also what was still being written when a worker was killed.
+        """
+        await asyncio.to_thread(self._sweep, job_id, last, keep)
+
+    async def delete_job(self, job_id: UUID) -> None:
+        """Forget all bytes of a job: artifacts, parts, and what attempts that were killed have left."""
+        for folder in self._of(job_id):
+            with suppress(FileNotFoundError):
+                await asyncio.to_thread(shutil.rmtree, folder)
+
+    def _of(self, job_id: UUID) -> Sequence[Path]:
+        """The folders of a job, in which each attempt has its own."""
+        return [self._folder / top / str(job_id) for top in ("artifacts", "parts")]
+
+    def _sync(self, key: str) -> None:
+        """Have the disk hold a file, and the folders that lead to it."""
+        path = self._folder / key
+        for each in (path, *path.parents[: len(Path(key).parts)]):
+            descriptor = os.open(each, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _sweep(self, job_id: UUID, last: int, keep: Container[str]) -> None:
+        for folder in self._of(job_id):
+            with suppress(FileNotFoundError):
+                for attempt in list(folder.iterdir()):
+                    if int(attempt.name) <= last:
+                        _empty(attempt, [path for path in attempt.iterdir() if self._key(path) not in keep])
+                _empty(folder, [])
+
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self._folder).as_posix()
+
+
+def _empty(folder: Path, files: Sequence[Path]) -> None:
+    """Delete files of a folder, and the folder itself if nothing is left in it."""
+    for path in files:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 class Writer:

@@ -11,13 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 from uuid import UUID
 
 from pydantic import PydanticUserError, TypeAdapter
 
-from headway.errors import InvalidSettings
-from headway.job import File
+from headway.errors import Fatal, InvalidSettings
+from headway.job import Child, ChildEnding, File
 
 ENTRY_POINTS = "headway.kinds"
 NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+")
@@ -53,6 +53,14 @@ class JobContext(ABC):
     attempt: int
     checkpoint: Any
 
+    @property
+    @abstractmethod
+    def interruption(self) -> str | None:
+        """Why the handler is interrupted: `cancelled`, `timed-out`, `drained`, `waiting`, `lost`; None if it is not.
+
+        It is there before `asyncio.CancelledError` is, so that a handler can drop what only a next attempt would need.
+        """
+
     @abstractmethod
     async def report(
         self,
@@ -78,7 +86,25 @@ class JobContext(ABC):
 
     @abstractmethod
     async def save_checkpoint(self, value: Any) -> None:
-        """Keep a small JSON value; `checkpoint` holds it when the job is run again after an interruption."""
+        """Keep a small JSON value; `checkpoint` holds it when the job is run again after an interruption.
+
+        Each call is a write to Postgres, which is done when it returns: call it every few seconds, not for every item.
+        Raises Fatal if the value is not JSON or is over HEADWAY_MAX_CHECKPOINT.
+        """
+
+    @abstractmethod
+    async def save_part(self, data: bytes) -> str:
+        """Keep bytes with the job until it ends; they are on disk when this returns. For what a checkpoint cannot hold.
+
+        The answer is the part's key, to be put into the checkpoint: nothing else leads back to the part.
+        """
+
+    @abstractmethod
+    def read_part(self, key: str) -> AsyncIterator[bytes]:
+        """The bytes of a part that this or an earlier attempt saved.
+
+        Raises ValueError if the key is not one of this job, and headway.errors.NotFound if the bytes are gone.
+        """
 
     @abstractmethod
     async def open_file(self, file_id: UUID) -> InputFile:
@@ -93,12 +119,27 @@ class JobContext(ABC):
         It becomes visible when the job succeeds, or fails by Fatal; an attempt that ends otherwise leaves nothing.
         """
 
+    async def run_children(self, children: Iterable[Child]) -> list[ChildEnding]:
+        """Submit jobs as parts of this one, and answer how they ended, in their order.
+
+        The job waits without a slot: the handler is interrupted here by CancelledError, and called anew once all
+        children have ended; then this answers at once. What comes before it therefore runs twice, and must ask for the
+        same children again; keep what it found in a checkpoint. Meanwhile the job's progress is how many have ended.
+        A further call submits further children. A child that fails does not fail its parent, but if the parent is
+        cancelled or fails its open children are cancelled. The parent's timeout does not count the waiting.
+
+        Raises Fatal for more than 10,000 children of a job, an unknown kind, children more than 5 generations deep, and
+        in a kind that runs as a process.
+        """
+        raise Fatal("A kind that runs as a process cannot have children; submit them from one that runs in the worker.")
+
     @abstractmethod
     def source(self, name: str) -> str:
         """The URL of a source from the settings. Raises Fatal, naming those that exist, if there is none."""
 
 
 Handler = Callable[[JobContext, Any], Awaitable[Any]]
+Runs = Literal["worker", "process"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -114,6 +155,7 @@ class Kind:
     max_attempts: int
     backoff_base: float
     backoff_cap: float
+    runs: Runs
     description: str
 
     def backoff(self, attempt: int) -> float:
@@ -152,12 +194,16 @@ def kind(
     max_attempts: int = 3,
     backoff: str | float = "2s",
     backoff_cap: str | float = "10m",
+    runs: Runs = "worker",
 ) -> Callable[[F], F]:
     """Make an async function a kind: `@kind("report.build", timeout="30m", max_attempts=5)`.
 
     An attempt that fails or takes longer than `timeout` is run again, until there were `max_attempts`, after a random
     time of at most `backoff`, which doubles with each attempt up to `backoff_cap`. Raise Fatal for what can never
     succeed, Retry(after=…) to choose the time. Interruptions by a deploy do not count.
+
+    With `runs="process"` the handler has a process of its own, where it may block, use a core, or crash; it is killed
+    if it does not end when it is interrupted. Otherwise it shares the worker's event loop and must not block.
 
     The function takes a JobContext and one pydantic model (or anything that pydantic can validate), and returns
     another; both are read from its annotations. The first paragraph of its docstring describes the kind to clients.
@@ -168,6 +214,8 @@ def kind(
         raise InvalidSettings(f'The timeout of {name} is {timeout!r}; write a time above zero, such as "30m".')
     if not 1 <= max_attempts <= 100:
         raise InvalidSettings(f"max_attempts of {name} is {max_attempts}; write a number from 1 to 100.")
+    if runs not in typing.get_args(Runs):
+        raise InvalidSettings(f'runs of {name} is {runs!r}; write "worker" or "process".')
 
     def register(handler: F) -> F:
         if not NAME.fullmatch(name):
@@ -192,6 +240,7 @@ def kind(
                 max_attempts=max_attempts,
                 backoff_base=seconds(backoff),
                 backoff_cap=seconds(backoff_cap),
+                runs=runs,
                 description=(inspect.getdoc(handler) or "").split("\n\n")[0].replace("\n", " "),
             )
             made.as_json()
@@ -218,3 +267,12 @@ def discover(modules: Iterable[str] = ()) -> dict[str, Kind]:
         except ImportError as error:
             raise InvalidSettings(f"The kinds module {module!r} cannot be imported: {error}.") from error
     return dict(_registry)
+
+
+def find(name: str, module: str, modules: Iterable[str]) -> Kind:
+    """One kind, by importing nothing but `module`; if it is not there, as `discover` does with `modules`.
+
+    Raises KeyError if no module defines it.
+    """
+    importlib.import_module(module)
+    return _registry[name] if name in _registry else discover(modules)[name]

@@ -96,6 +96,12 @@ class Settings(BaseModel):
     max_body: int = Field(1 << 20, ge=1024, description="Largest JSON body of a request.")
     max_file: int = Field(8 << 30, ge=1024, description="Largest uploaded file or artifact.")
     max_result: int = Field(1 << 20, ge=1024, description="Largest JSON result of a job.")
+    # The kinds in the box count on the least that it may be.
+    max_checkpoint: int = Field(64 << 10, ge=64 << 10, description="Largest JSON checkpoint of a job; 64 KiB or more.")
+    keep_days: float = Field(30, gt=0, le=36500, description="Days that an ended job is kept, with all that it made.")
+    keep_jobs: int = Field(
+        1_000_000, ge=1, description="Ended jobs that are kept of each tenant; of more the oldest are deleted."
+    )
     fetch_allow: Annotated[tuple[IPv4Network | IPv6Network, ...], BeforeValidator(_networks)] = Field(
         (), description="Private networks that `http.fetch` may reach, separated by commas: `10.1.0.0/16`."
     )

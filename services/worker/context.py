@@ -1,24 +1,26 @@
 """What a handler holds: JobContext over the lifecycle, the files and the sources."""
 
 import asyncio
+import json
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
 import structlog
 
 from headway.errors import Fatal, LeaseLost
-from headway.files import Files, Writer, artifact_key, file_key
-from headway.job import Artifact, Claim, File, Progress
+from headway.files import Files, Writer, artifact_key, file_key, part_key
+from headway.groups import Groups
+from headway.job import Artifact, Child, ChildEnding, Claim, File, Progress
 from headway.kinds import JobContext
 from headway.lifecycle import Lifecycle, kept
 from headway.settings import Settings
-from headway.store import OUTAGES, Store
+from headway.store import OUTAGES, REFUSALS, Store
 from services.worker.pace import Pace
 
 # At most ten reports a second are written for a job.
@@ -45,6 +47,10 @@ class Parts:
     lifecycle: Lifecycle
     files: Files
 
+    @property
+    def groups(self) -> Groups:
+        return Groups(self.store, self.lifecycle)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
@@ -59,10 +65,22 @@ class StoredFile:
                 yield chunk
 
 
-class Context(JobContext):
-    """One attempt's context. `interrupt` is called with `cancelled` or `lost` when a write brings that news."""
+class UnderWay(Protocol):
+    """The attempt that a context belongs to, as far as the context knows it."""
 
-    def __init__(self, claim: Claim, parts: Parts, interrupt: Callable[[str], object]) -> None:
+    reason: str | None
+
+    def interrupt(self, reason: str) -> bool:
+        """Interrupt the handler, with `cancelled` or `lost` when a write brings that news, or `waiting` for children.
+
+        Answers whether it came in time.
+        """
+
+
+class Context(JobContext):
+    """One attempt's context."""
+
+    def __init__(self, claim: Claim, parts: Parts, attempt: UnderWay) -> None:
         self.id = claim.job_id
         self.kind = claim.kind
         self.attempt = claim.attempt
@@ -70,7 +88,7 @@ class Context(JobContext):
         self.artifacts: list[Artifact] = []
         self._claim = claim
         self._parts = parts
-        self._interrupt = interrupt
+        self._under_way = attempt
         self._pace = Pace()
         self._latest: Progress | None = None
         self._written: Progress | None = None
@@ -80,7 +98,13 @@ class Context(JobContext):
         self._closed = False
         self._yielded = time.monotonic()
         self._opened = 0
+        self._saved = 0
+        self.children = 0
         self._names: set[str] = set()
+
+    @property
+    def interruption(self) -> str | None:
+        return self._under_way.reason
 
     async def report(
         self,
@@ -107,8 +131,41 @@ class Context(JobContext):
         await _through_outages(lambda: self._parts.lifecycle.log(self._claim, message, level))
 
     async def save_checkpoint(self, value: Any) -> None:
-        await _through_outages(lambda: self._parts.lifecycle.save_checkpoint(self._claim, value))
+        advice = "Keep a checkpoint small, and put large data into a part (save_part) or an artifact."
+        try:
+            size = len(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Fatal(f"The checkpoint is not JSON: {error}. {advice}") from error
+        if size > (limit := self._parts.settings.max_checkpoint):
+            raise Fatal(f"The checkpoint has {size:,} bytes, over the limit of {limit:,}. {advice}")
+        try:
+            await _through_outages(lambda: self._parts.lifecycle.save_checkpoint(self._claim, value))
+        except REFUSALS as error:
+            raise Fatal(f"Postgres cannot keep the checkpoint: {str(error).splitlines()[0]}. {advice}") from error
         self.checkpoint = value
+
+    async def save_part(self, data: bytes) -> str:
+        if self._closed:
+            raise LeaseLost(f"Attempt {self.attempt} of job {self.id} is over.")
+        self._saved += 1
+        key = part_key(self.id, self._claim.token, self._saved)
+        await self._parts.files.save(key, data)
+        return key
+
+    def read_part(self, key: str) -> AsyncIterator[bytes]:
+        if not re.fullmatch(rf"parts/{self.id}/[0-9]+/[0-9]+", key):
+            raise ValueError(f"{key!r} is not a part of this job; use a key that save_part has answered with.")
+        return self._parts.files.read(key)
+
+    async def forget_parts(self) -> None:
+        """Delete what the job's attempts have left that nobody will see. To be called once the job has ended for good.
+
+        Costs nothing for a job of one attempt that has saved no part.
+        """
+        if self._claim.token == 1 and not self._saved:
+            return
+        kept = await self._parts.store.artifacts(self.id, self._claim.tenant_id)
+        await self._parts.files.delete_attempts(self.id, self._claim.token, keep={artifact.key for artifact in kept})
 
     async def open_file(self, file_id: UUID) -> StoredFile:
         file = await _through_outages(lambda: self._parts.store.get_file(file_id, self._claim.tenant_id))
@@ -136,6 +193,16 @@ class Context(JobContext):
         assert writer.stored is not None
         self.artifacts.append(Artifact(name, content_type, writer.stored.size, writer.stored.sha256, key))
 
+    async def run_children(self, children: Iterable[Child]) -> list[ChildEnding]:
+        asked = list(children)
+        first, self.children = self.children, self.children + len(asked)
+        endings = await _through_outages(lambda: self._parts.groups.endings(self._claim, asked, first))
+        if endings is None:
+            self._under_way.interrupt("waiting")
+            # The interruption arrives here.
+            await asyncio.get_running_loop().create_future()
+        return endings or []
+
     def source(self, name: str) -> str:
         sources = self._parts.settings.sources
         if name not in sources:
@@ -160,10 +227,10 @@ class Context(JobContext):
             report, progress, pause = self._latest, self._show(), REPORT_EVERY
             try:
                 if await self._parts.lifecycle.report(self._claim, progress):
-                    self._interrupt("cancelled")
+                    self._under_way.interrupt("cancelled")
                 self._written = report
             except LeaseLost:
-                self._interrupt("lost")
+                self._under_way.interrupt("lost")
                 return
             except OUTAGES as error:
                 log.warning("a report was not written; trying again", error=repr(error))

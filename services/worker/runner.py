@@ -1,16 +1,13 @@
-"""One attempt, from claim to finish: check the input, perform, see how it ended, write that down."""
+"""One attempt, from claim to finish: perform it, see how it ended, write that down."""
 
 import asyncio
-import json
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
 import structlog
-from pydantic import ValidationError
 
 from headway import metrics
 from headway.errors import JOB_ERRORS, Fatal, HandlerFailed, InputRefused, JobError, LeaseLost, Retry, TimedOut
@@ -19,12 +16,12 @@ from headway.kinds import Kind
 from headway.lifecycle import kept
 from headway.states import JobState
 from headway.store import OUTAGES, REFUSALS
+from services.worker import process
 from services.worker.context import Context, Parts
+from services.worker.handling import Failed, as_job_error, handle, innermost, text
 
 # How long a handler that was interrupted may take to clean up before it is left to itself.
 GRACE = 10.0
-# How much of a traceback's end is kept.
-TRACEBACK = 20_000
 
 log = structlog.get_logger(__name__)
 
@@ -36,11 +33,10 @@ class Outcome:
     state: JobState
     result: Any = None
     error: JobError | None = None
-    raised: BaseException | None = None
 
 
 class Attempt:
-    """A handler under way. `reason` says why it was interrupted: cancelled, timed-out, drained or lost."""
+    """A handler under way. `reason` says why it was interrupted: cancelled, timed-out, drained, waiting or lost."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -119,7 +115,7 @@ class Runner:
         """Perform the attempt, call `performed`, and write how it ended. Raises nothing."""
         key = claim.job_id, claim.token
         attempt = self._attempts[key] = Attempt()
-        context = Context(claim, self._parts, attempt.interrupt)
+        context = Context(claim, self._parts, attempt)
         began = time.monotonic()
         # The worker runs each claim in a task, and so in a context, of its own.
         structlog.contextvars.bind_contextvars(
@@ -132,7 +128,7 @@ class Runner:
                 performed()
             progress = await context.close()
             metrics.run_time.labels(claim.kind).observe(time.monotonic() - began)
-            await self._end(claim, attempt, outcome, progress, context.artifacts)
+            await self._end(claim, attempt, outcome, progress, context)
         except LeaseLost as error:
             log.warning("the lease was lost; nothing was written", error=str(error))
             await self._delete(context.artifacts)
@@ -152,7 +148,7 @@ class Runner:
             self._left_behind.add(task)
             task.add_done_callback(self._left_behind.discard)
             return _interrupted(attempt.reason, claim)
-        error = asyncio.CancelledError() if task.cancelled() else _innermost(task.exception())
+        error = asyncio.CancelledError() if task.cancelled() else innermost(task.exception())
         if isinstance(error, LeaseLost):
             attempt.reason = "lost"
         if attempt.reason == "lost":
@@ -164,36 +160,14 @@ class Runner:
         if isinstance(error, JOB_ERRORS):
             return Outcome(JobState.FAILED, error=error)
         log.error("a handler failed", exc_info=error)
-        return Outcome(JobState.FAILED, error=HandlerFailed(_message(error)), raised=error)
+        return Outcome(JobState.FAILED, error=as_job_error(error))
 
     async def _handle(self, claim: Claim, context: Context) -> Any:
         """The handler's result as JSON values."""
-        kind = self._kinds[claim.kind]
-        try:
-            value = kind.input.validate_python(claim.input)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(str(part) for part in ("input", *first["loc"]))
-            raise InputRefused(f"{where}: {first['msg']}.") from None
-        try:
-            returned = await kind.handler(context, value)
-        except (SystemExit, KeyboardInterrupt) as error:
-            # Either would end the process, and with it every other job that runs here.
-            raise HandlerFailed(_message(error)) from error
-        try:
-            if returned is None:
-                # The serializer below lets None pass for anything.
-                kind.result.validate_python(None)
-            result = kind.result.dump_python(returned, mode="json", warnings="error")
-            size = len(json.dumps(result, allow_nan=False))
-        except Exception as error:
-            raise HandlerFailed(f"The result is not what the kind declares, or not JSON: {_message(error)}") from error
-        if size > self._parts.settings.max_result:
-            raise Fatal(
-                f"The result has {size:,} bytes, over the limit of {self._parts.settings.max_result:,}; "
-                "write large results to an artifact."
-            )
-        return result
+        kind, settings = self._kinds[claim.kind], self._parts.settings
+        if kind.runs == "process":
+            return await process.handle(kind, claim, context, settings)
+        return await handle(kind, context, claim.input, settings.max_result)
 
     async def _end(
         self,
@@ -201,15 +175,19 @@ class Runner:
         attempt: Attempt,
         outcome: Outcome | None,
         progress: Mapping[str, Any] | None,
-        artifacts: Sequence[Artifact],
+        context: Context,
     ) -> None:
         """Write the outcome. Artifacts are kept of a success and of a Fatal; other endings leave none.
 
         A failure becomes another attempt if the error permits it and one is left.
         """
+        artifacts = context.artifacts
         if outcome is None:
             await self._delete(artifacts)
-            if attempt.reason == "drained":
+            if attempt.reason == "waiting":
+                await self._insist(lambda: self._parts.groups.wait(claim, context.children))
+                log.info("a job waits for its children", children=context.children)
+            elif attempt.reason == "drained":
                 await self._insist(lambda: self._parts.lifecycle.release(claim))
                 log.info("a job was given back")
             else:
@@ -217,8 +195,8 @@ class Runner:
             return
         error = failure = delay = None
         if outcome.error is not None:
-            error = {"type": outcome.error.slug, "message": kept(_text(outcome.error))}
-            failure = {**error, **_trace(outcome.raised)}
+            error = {"type": outcome.error.slug, "message": kept(text(outcome.error))}
+            failure = {**error, **outcome.error.trace} if isinstance(outcome.error, Failed) else error
             delay = self._delay(claim, outcome.error)
         keep = outcome.state == JobState.SUCCEEDED or isinstance(outcome.error, Fatal)
         ending = Ending(
@@ -242,6 +220,8 @@ class Runner:
         log.info("an attempt ended", state=ending.state.value, error=error and error["type"])
         if not keep:
             await self._delete(artifacts)
+        if ending.state.terminal:
+            await self._forget(context)
 
     def _delay(self, claim: Claim, error: JobError) -> float | None:
         """Seconds until the next attempt; None if there is to be none."""
@@ -268,6 +248,12 @@ class Runner:
         except Exception:
             log.exception("artifacts that nobody will see were not deleted")
 
+    async def _forget(self, context: Context) -> None:
+        try:
+            await context.forget_parts()
+        except Exception:
+            log.exception("what the job's attempts have left was not deleted")
+
 
 def _interrupted(reason: str | None, claim: Claim) -> Outcome | None:
     if reason == "cancelled":
@@ -277,32 +263,3 @@ def _interrupted(reason: str | None, claim: Claim) -> Outcome | None:
             JobState.FAILED, error=TimedOut(f"The attempt ran longer than its timeout, {claim.timeout:g} s.")
         )
     return None
-
-
-def _innermost(error: BaseException | None) -> BaseException | None:
-    """What one task of a TaskGroup raised, out of the group that it is wrapped in."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
-
-
-def _trace(raised: BaseException | None) -> dict[str, str]:
-    """What a handler's author wants to know of an exception."""
-    if raised is None:
-        return {}
-    lines = "".join(traceback.format_exception(raised))[-TRACEBACK:]
-    return {
-        "class": f"{type(raised).__module__}.{type(raised).__qualname__}",
-        "traceback": lines.replace("\0", "").encode(errors="replace").decode(),
-    }
-
-
-def _message(error: BaseException) -> str:
-    return f"{type(error).__name__}: {_text(error)}"
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as failure:
-        return f"(its message cannot be shown: {type(failure).__name__})"

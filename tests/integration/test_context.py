@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +18,7 @@ from headway import Fatal, JobContext
 from headway.embedded import Embedded
 from headway.errors import LeaseLost, TooLarge
 from headway.files import file_key
-from headway.job import Claim, File
+from headway.job import Claim, Ending, File
 from headway.states import JobState
 from services.worker.context import Context, Parts
 from tests.conftest import make_tenant, until
@@ -38,6 +39,19 @@ async def claim(engine: Engine) -> Claim:
     return await engine.claim(await engine.submit_kind("test.call", {}))
 
 
+@dataclass
+class Interruptions:
+    """An attempt that nothing interrupts but what the context itself learns."""
+
+    reason: str | None = None
+    came: list[str] = field(default_factory=list)
+
+    def interrupt(self, reason: str) -> bool:
+        self.reason = reason
+        self.came.append(reason)
+        return True
+
+
 @pytest.fixture
 def interruptions() -> list[str]:
     return []
@@ -47,7 +61,9 @@ def interruptions() -> list[str]:
 async def job(engine: Engine, claim: Claim, interruptions: list[str]) -> AsyncIterator[Context]:
     """The context of a job that is running, without a worker around it."""
     settings = engine.settings.model_copy(update={"sources": {"default": SecretStr(SOURCE)}})
-    context = Context(claim, Parts(settings, engine.store, engine.lifecycle, engine.files), interruptions.append)
+    context = Context(
+        claim, Parts(settings, engine.store, engine.lifecycle, engine.files), Interruptions(came=interruptions)
+    )
     yield context
     await context.close()
 
@@ -98,7 +114,7 @@ async def test_reports_of_many_jobs_share_statements(engine: Engine) -> None:
     ids = [await engine.submit_kind("test.call", {}) for _ in range(100)]
     claims = await engine.lifecycle.claim(ids, ["test.call"], "a worker")
     shared = Parts(engine.settings, engine.store, engine.lifecycle, engine.files)
-    contexts = [Context(claim, shared, lambda _: None) for claim in claims]
+    contexts = [Context(claim, shared, Interruptions()) for claim in claims]
     # Together, so that however slow the machine is no report is written before all are there.
     await asyncio.gather(*(context.report(1) for context in contexts))
 
@@ -167,7 +183,7 @@ async def test_a_report_under_an_outage_is_written_after_it(engine: Engine, clai
         behind_proxy(engine.settings) as (proxy, settings),
         parts(settings, engine.tenant, engine.database) as behind,
     ):
-        context = Context(claim, Parts(settings, behind.store, behind.lifecycle, behind.files), lambda _: None)
+        context = Context(claim, Parts(settings, behind.store, behind.lifecycle, behind.files), Interruptions())
         await context.report(1)
 
         async def written() -> bool:
@@ -237,12 +253,141 @@ async def test_a_checkpoint_is_handed_to_the_next_attempt(engine: Engine, job: C
     assert (await engine.claim(job.id)).checkpoint == value
 
 
-@pytest.mark.parametrize("value", [object(), float("nan"), "\0"], ids=["object", "nan", "nul"])
-async def test_a_checkpoint_that_cannot_be_kept_is_the_handlers_error(job: Context, value: Any) -> None:
-    with pytest.raises(Exception, match=r"(?i)serializable|compliant|unicode"):
+def deep() -> Any:
+    nest: list[Any] = []
+    for _ in range(100_000):
+        nest = [nest]
+    return nest
+
+
+@pytest.mark.parametrize("value", [object(), float("nan"), "\0", deep()], ids=["object", "nan", "nul", "deep"])
+async def test_a_checkpoint_that_cannot_be_kept_is_fatal(job: Context, value: Any) -> None:
+    with pytest.raises(Fatal, match=r"(not JSON|cannot keep the checkpoint).*put large data into a part"):
         await job.save_checkpoint(value)
 
     assert job.checkpoint is None
+
+
+async def test_a_checkpoint_has_a_limit(engine: Engine, job: Context) -> None:
+    limit = engine.settings.max_checkpoint
+    await job.save_checkpoint(fits := "x" * (limit - 2))
+    with pytest.raises(Fatal, match=r"65,537 bytes, over the limit of 65,536\. Keep a checkpoint small"):
+        await job.save_checkpoint(fits + "x")
+
+    assert job.checkpoint == fits
+    assert (await engine.row(job.id))["checkpoint"] == fits
+
+
+@pytest.mark.parametrize("why", ["drained", "cancelled", "timed-out"])
+async def test_a_handler_knows_why_it_is_interrupted(engine: Engine, why: str) -> None:
+    started, seen = asyncio.Event(), list[str | None]()
+
+    async def handler(job: JobContext) -> None:
+        seen.append(job.interruption)
+        started.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            seen.append(job.interruption)
+            raise
+
+    async with worker(engine.settings.model_copy(update={"drain": 0.0})):
+        job_id = await engine.submit(handler, timeout=0.2 if why == "timed-out" else 30)
+        await started.wait()
+        if why == "cancelled":
+            await engine.lifecycle.cancel(job_id, engine.tenant.id)
+        if why != "drained":
+            await engine.ended(job_id)
+
+    assert seen == [None, why]
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+async def part(job: Context, key: str) -> bytes:
+    return b"".join([chunk async for chunk in job.read_part(key)])
+
+
+def left(engine: Engine) -> list[str]:
+    folder = engine.settings.home / "files"
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+async def next_attempt(engine: Engine, job: Context) -> Context:
+    """The job's next attempt, after this one's worker was killed."""
+    await engine.expire(job.id)
+    await engine.lifecycle.rescue(1)
+    parts = Parts(engine.settings, engine.store, engine.lifecycle, engine.files)
+    return Context(await engine.claim(job.id), parts, Interruptions())
+
+
+@pytest.mark.parametrize("data", [b"", b"lines", bytes(90_000)], ids=len)
+async def test_a_part_is_read_by_the_next_attempt(engine: Engine, job: Context, data: bytes) -> None:
+    await job.save_checkpoint([await job.save_part(b"first"), await job.save_part(data)])
+
+    following = await next_attempt(engine, job)
+
+    assert [await part(following, key) for key in following.checkpoint] == [b"first", data]
+
+
+async def test_an_attempt_that_is_over_writes_over_no_part_and_takes_no_checkpoint_back(
+    engine: Engine, job: Context
+) -> None:
+    following = await next_attempt(engine, job)
+    await following.save_checkpoint(await following.save_part(b"new"))
+
+    late = await job.save_part(b"old")
+    with pytest.raises(LeaseLost):
+        await job.save_checkpoint(late)
+
+    assert await part(following, (await next_attempt(engine, following)).checkpoint) == b"new"
+
+
+async def test_a_part_of_another_job_is_refused(engine: Engine, job: Context) -> None:
+    other = await engine.claim(await engine.submit_kind("test.call", {}))
+    parts = Parts(engine.settings, engine.store, engine.lifecycle, engine.files)
+    key = await Context(other, parts, Interruptions()).save_part(b"secret")
+
+    for wrong in (key, f"parts/{job.id}/1/../../{other.job_id}/1/1", f"artifacts/{job.id}/1/1", "1/1"):
+        with pytest.raises(ValueError, match="not a part of this job"):
+            await part(job, wrong)
+
+
+async def test_a_part_past_the_limit_and_one_after_the_end_are_refused(engine: Engine, job: Context) -> None:
+    with pytest.raises(TooLarge, match="100,001 bytes are over the limit of 100,000"):
+        await job.save_part(bytes(100_001))
+    await job.close()
+    with pytest.raises(LeaseLost):
+        await job.save_part(b"late")
+
+    assert left(engine) == []
+
+
+async def test_what_killed_attempts_have_left_is_forgotten_but_for_the_artifacts_of_the_job(
+    engine: Engine, job: Context
+) -> None:
+    await job.save_part(b"part")
+    async with job.artifact("out.csv") as out:
+        await out.write(b"of an attempt that was killed before it could end")
+    half = engine.settings.home / "files" / "artifacts" / str(job.id) / "1" / "2#1"
+    half.write_bytes(b"the store was writing this")
+    following = await next_attempt(engine, job)
+    await following.save_part(b"part")
+    async with following.artifact("out.csv") as out:
+        await out.write(b"good")
+    after = f"parts/{job.id}/{following._claim.token + 1}/1"
+    await engine.files.save(after, b"of a retry that has begun already")
+    await engine.lifecycle.finish(Ending(following._claim, JobState.SUCCEEDED, artifacts=following.artifacts))
+
+    await following.forget_parts()
+
+    [artifact] = await engine.store.artifacts(job.id, engine.tenant.id)
+    files = [path for path in left(engine) if (engine.settings.home / "files" / path).is_file()]
+    assert sorted(files) == sorted([artifact.key, after])
+    await engine.files.delete_job(job.id)
+    assert left(engine) == ["artifacts", "parts"]
+    await engine.files.delete_job(job.id)
 
 
 async def test_work_goes_on_from_the_checkpoint_after_an_interruption(engine: Engine) -> None:

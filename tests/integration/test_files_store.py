@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 import random
 import resource
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from uuid_utils.compat import uuid7
 
 from headway.errors import InvalidSettings, NotFound, TooLarge
-from headway.files import CHUNK, Files, artifact_key, file_key
+from headway.files import CHUNK, Files, artifact_key, file_key, part_key
 
 LIMIT = 64 << 20
 
@@ -214,7 +215,28 @@ async def test_a_large_file_passes_through_little_memory(files: Files) -> None:
 
 async def test_an_attempt_writes_over_no_other_attempts_files() -> None:
     job = uuid7()
-    assert len({artifact_key(job, token, number) for token in (1, 2) for number in (1, 2)}) == 4
+    for key in artifact_key, part_key:
+        assert len({key(job, token, number) for token in (1, 2) for number in (1, 2)}) == 4
+
+
+async def test_what_is_saved_is_on_disk_with_the_folders_that_lead_to_it(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    sync = os.fsync
+
+    def watch(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    await files.save("parts/job/1/1", b"data")
+
+    top = tmp_path / "a folder"
+    path = top / "parts" / "job" / "1" / "1"
+    assert synced == [path, *path.parents[:4]]
+    assert path.parents[3] == top
+    assert await content(files, "parts/job/1/1") == b"data"
 
 
 async def test_deleting_passes_over_what_is_not_there(files: Files, kept: Callable[[], list[Path]]) -> None:

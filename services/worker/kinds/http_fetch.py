@@ -1,21 +1,24 @@
 """`http.fetch`: many URLs, a few at a time, one line of JSON for each."""
 
 import asyncio
-import time
 from array import array
 from collections import Counter
+from contextlib import suppress
 from math import ceil
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import to_json
+from pydantic_core import from_json, to_json
 
 from headway import JobContext, kind, settings
+from headway.kinds import ArtifactWriter
 from services.worker.kinds.http_client import Fetcher, Record, open_session
+from services.worker.kinds.http_lines import Lines
 from services.worker.kinds.http_turns import Deadlines, Turns
 
 TEXT_BYTES = 1 << 20
 BODY_BYTES = 16 << 20
+LAST_SAVE = 3.0
 
 Url = Annotated[str, Field(max_length=2048, pattern=r"^[Hh][Tt][Tt][Pp][Ss]?://\S+$")]
 
@@ -76,59 +79,95 @@ async def fetch(job: JobContext, input: FetchInput) -> FetchResult:
     """
     # In a thread, for settings may be in files.
     allow = (await asyncio.to_thread(settings.load)).fetch_allow
-    tally = _Tally()
-    total = len(input.urls)
-    turns = Turns(input.urls, input.per_host)
+    output = _Output(Lines(job))
+    try:
+        async with (
+            job.artifact("results.jsonl", "application/x-ndjson") as out,
+            open_session(allow, input.concurrency, input.per_host) as session,
+        ):
+            await output.go_on(out)
+            fetcher = Fetcher(session, Deadlines(input.timeout), input.body, input.body_limit)
+            await _fetch_rest(job, input, fetcher, output, out)
+    except asyncio.CancelledError:
+        if job.interruption == "drained":
+            # The worker waits a while for this; what is not saved by then is fetched again.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_SAVE):
+                    await output.lines.save()
+        raise
+    return output.result()
+
+
+async def _fetch_rest(
+    job: JobContext, input: FetchInput, fetcher: Fetcher, output: "_Output", out: ArtifactWriter
+) -> None:
+    total, left = len(input.urls), len(input.urls) - len(output.done)
+    turns = Turns(input.urls, input.per_host, output.done)
     # The bound makes fetching wait when the artifact's store is slower than the web.
     finished: asyncio.Queue[Record] = asyncio.Queue(maxsize=input.concurrency)
 
-    async with (
-        job.artifact("results.jsonl", "application/x-ndjson") as out,
-        open_session(allow, input.concurrency, input.per_host) as session,
-    ):
-        deadlines = Deadlines(input.timeout)
-        fetcher = Fetcher(session, deadlines, input.body, input.body_limit)
+    async def work() -> None:
+        while True:
+            index, host = await turns.take()
+            await finished.put(await fetcher.fetch(index, input.urls[index]))
+            turns.give_back(host)
 
-        async def work() -> None:
-            while True:
-                index, host = await turns.take()
-                await finished.put(await fetcher.fetch(index, input.urls[index]))
-                turns.give_back(host)
+    async def report() -> None:
+        await job.report(total - left, total, "fetching", unit="urls", counts=output.counts)
 
-        await job.report(0, total, "fetching", unit="urls", counts=tally.counts)
-        tasks = [asyncio.create_task(work()) for _ in range(min(input.concurrency, total))]
-        tasks.append(asyncio.create_task(deadlines.watch()))
-        try:
-            done = 0
-            while done < total:
-                # Wait for one, then take whatever else is there: one report serves them all.
-                records = [await finished.get()]
-                while not finished.empty():
-                    records.append(finished.get_nowait())
-                for record in records:
-                    tally.add(record)
-                    # ASCII only, for some readers take line separators of Unicode for the end of a line.
-                    await out.write(to_json(record, ensure_ascii=True) + b"\n")
-                done += len(records)
-                await job.report(done, total, "fetching", unit="urls", counts=tally.counts)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-    return tally.result()
+    await report()
+    tasks = [asyncio.create_task(work()) for _ in range(min(input.concurrency, left))]
+    tasks.append(asyncio.create_task(fetcher.deadlines.watch()))
+    try:
+        while left:
+            # Wait for one, then take whatever else is there: one report serves them all.
+            batch = [output.add(await finished.get())]
+            while not finished.empty():
+                batch.append(output.add(finished.get_nowait()))
+            for line in batch:
+                await out.write(line)
+            left -= len(batch)
+            await report()
+            if left and output.lines.due:
+                await output.lines.save()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        # For the last save.
+        while not finished.empty():
+            output.add(finished.get_nowait())
 
 
-class _Tally:
-    """What the lines add up to."""
+class _Output:
+    """The lines, and what they add up to."""
 
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
+    def __init__(self, lines: Lines) -> None:
+        self.lines = lines
+        self.done: set[int] = set()
+        self.counts = {"ok": 0, "http_error": 0, "failed": 0, "bytes": 0}
         self._statuses: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
         self._latencies = array("d")
-        self.counts = {"ok": 0, "http_error": 0, "failed": 0, "bytes": 0}
 
-    def add(self, record: Record) -> None:
+    async def go_on(self, out: ArtifactWriter) -> None:
+        """Write the lines that earlier attempts have saved; `done` are the places of their URLs."""
+        async for many in self.lines.earlier():
+            for line in many.splitlines():
+                record = from_json(line)
+                self._count(record)
+                self.done.add(record["index"])
+            await out.write(many)
+
+    def add(self, record: Record) -> bytes:
+        """The line of a record."""
+        self._count(record)
+        # ASCII only, for some readers take line separators of Unicode for the end of a line.
+        line = to_json(record, ensure_ascii=True) + b"\n"
+        self.lines.add(line)
+        return line
+
+    def _count(self, record: Record) -> None:
         self.counts["bytes"] += record["bytes"]
         if record["error"]:
             self.counts["failed"] += 1
@@ -150,5 +189,5 @@ class _Tally:
             statuses=dict(sorted(self._statuses.items())),
             errors=dict(sorted(self._errors.items())),
             latency_ms=Latency(p50=percentile(0.5), p90=percentile(0.9), p99=percentile(0.99)) if ms else None,
-            seconds=round(time.perf_counter() - self._started, 3),
+            seconds=round(self.lines.seconds, 3),
         )

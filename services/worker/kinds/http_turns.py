@@ -4,7 +4,7 @@ import asyncio
 import re
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 HOST = re.compile(r"[^:]*://([^/?#]*)")
@@ -13,14 +13,15 @@ HOST = re.compile(r"[^:]*://([^/?#]*)")
 class Turns:
     """Whose URL is next: hosts in turn, none with more than `per_host` under way, so that a slow one holds up no other.
 
-    A host stands in the queue once for each request that it may have under way.
+    The places in `done` are passed over. A host stands in the queue once for each request that it may have under way.
     """
 
-    def __init__(self, urls: Sequence[str], per_host: int) -> None:
+    def __init__(self, urls: Sequence[str], per_host: int, done: Container[int] = ()) -> None:
         self._waiting: dict[str, deque[int]] = {}
         self._ready: asyncio.Queue[str] = asyncio.Queue()
         for index, url in enumerate(urls):
-            self._waiting.setdefault(_host(url), deque()).append(index)
+            if index not in done:
+                self._waiting.setdefault(_host(url), deque()).append(index)
         for nth in range(per_host):
             for host, indexes in self._waiting.items():
                 if nth < len(indexes):

@@ -1,0 +1,86 @@
+"""A handler's call, the same in the worker and in a child process: input checked, result as JSON, errors as kept."""
+
+import json
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from headway.errors import JOB_ERRORS, Fatal, HandlerFailed, InputRefused, JobError
+from headway.kinds import JobContext, Kind
+
+# How much of a traceback's end is kept.
+TRACEBACK = 20_000
+
+
+class Failed(HandlerFailed):
+    """An exception of a handler; `trace` is what the handler's author wants to know of it."""
+
+    def __init__(self, message: str, trace: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
+async def handle(kind: Kind, job: JobContext, input: Any, max_result: int) -> Any:
+    """The handler's result as JSON values.
+
+    Raises InputRefused, what the handler raises, HandlerFailed for a result that is not what the kind declares, and
+    Fatal for one of more than `max_result` bytes.
+    """
+    try:
+        value = kind.input.validate_python(input)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in ("input", *first["loc"]))
+        raise InputRefused(f"{where}: {first['msg']}.") from None
+    try:
+        returned = await kind.handler(job, value)
+    except (SystemExit, KeyboardInterrupt) as error:
+        # Either would end the process, and with it every other job that runs here.
+        raise HandlerFailed(message(error)) from error
+    try:
+        if returned is None:
+            # The serializer below lets None pass for anything.
+            kind.result.validate_python(None)
+        result = kind.result.dump_python(returned, mode="json", warnings="error")
+        size = len(json.dumps(result, allow_nan=False))
+    except Exception as error:
+        raise HandlerFailed(f"The result is not what the kind declares, or not JSON: {message(error)}") from error
+    if size > max_result:
+        raise Fatal(
+            f"The result has {size:,} bytes, over the limit of {max_result:,}; write large results to an artifact."
+        )
+    return result
+
+
+def innermost(error: BaseException | None) -> BaseException | None:
+    """What one task of a TaskGroup raised, out of the group that it is wrapped in."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
+def as_job_error(error: BaseException) -> JobError:
+    """What is kept of anything that a handler raises."""
+    if isinstance(error, JOB_ERRORS):
+        return error
+    lines = "".join(traceback.format_exception(error))[-TRACEBACK:]
+    trace = {
+        "class": f"{type(error).__module__}.{type(error).__qualname__}",
+        "traceback": lines.replace("\0", "").encode(errors="replace").decode(),
+    }
+    return Failed(message(error), trace)
+
+
+def message(error: BaseException) -> str:
+    """Class and message of an exception."""
+    return f"{type(error).__name__}: {text(error)}"
+
+
+def text(error: BaseException) -> str:
+    """The message of an exception, also of one that fails to give it."""
+    try:
+        return str(error)
+    except Exception as failure:
+        return f"(its message cannot be shown: {type(failure).__name__})"
