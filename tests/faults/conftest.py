@@ -1,11 +1,12 @@
 """Workers as processes of their own, to be killed, paused and stopped."""
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ async def engine(servers: Embedded, tmp_path: Path) -> AsyncIterator[Engine]:
 
 @dataclass(frozen=True)
 class WorkerProcess:
-    """`python -m services.worker`, running."""
+    """`python -m services.worker`, or `services.web`, running."""
 
     process: asyncio.subprocess.Process
     log: Path
@@ -54,22 +55,58 @@ class WorkerProcess:
 
 
 class Spawner:
-    """Starts workers, and ends at last those that still run."""
+    """Starts workers and web services, and ends at last those that still run."""
 
     def __init__(self, engine: Engine, folder: Path) -> None:
         self._engine = engine
         self._folder = folder
+        self._numbers = itertools.count()
         self._started: list[WorkerProcess] = []
+        self._clients: list[httpx.AsyncClient] = []
 
     async def __call__(
-        self, *, lease: float | None = None, ready: bool = True, settings: Settings | None = None, **variables: str
+        self,
+        *,
+        lease: float | None = None,
+        clock: float | None = None,
+        ready: bool = True,
+        settings: Settings | None = None,
+        **variables: str,
     ) -> WorkerProcess:
-        """A worker that takes jobs; with another lease than the usual, the same program altered before it starts."""
-        settings = settings or self._engine.settings
+        """A worker that takes jobs; with another lease than the usual, the same program altered before it starts.
+
+        `clock` is how many seconds its clock is fast.
+        """
         program = ["services.worker"] if lease is None else ["tests.faults.altered_worker", str(lease)]
-        log = self._folder / f"worker-{len(self._started)}.log"
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        worker = await self._start(program, clock, settings or self._engine.settings, variables)
+        if ready:
+            await until(lambda: worker.said("the worker runs") or self._complain(worker), 30)
+        return worker
+
+    async def web(self, *, clock: float | None = None) -> tuple[WorkerProcess, httpx.AsyncClient]:
+        """A web service that answers, and a client of it that has a key."""
+        port = _free_port()
+        web = await self._start(["services.web"], clock, self._engine.settings, {"HEADWAY_PORT": str(port)})
+
+        async def answers() -> bool:
+            try:
+                return (await web.ops.get("/readyz")).is_success
+            except httpx.TransportError:
+                return self._complain(web)
+
+        await until(answers, 30)
+        headers = {"Authorization": f"Bearer {self._engine.tenant.api_key}"}
+        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/api/v1", headers=headers, trust_env=False)
+        self._clients.append(client)
+        return web, client
+
+    async def _start(
+        self, program: list[str], clock: float | None, settings: Settings, variables: Mapping[str, str]
+    ) -> WorkerProcess:
+        if clock is not None:
+            program = ["tests.faults.shifted_clock", str(clock), *program]
+        log = self._folder / f"process-{next(self._numbers)}.log"
+        port = _free_port()
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -93,8 +130,6 @@ class Spawner:
             )
         worker = WorkerProcess(process, log, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False))
         self._started.append(worker)
-        if ready:
-            await until(lambda: worker.said("the worker runs") or self._complain(worker), 30)
         return worker
 
     def _complain(self, worker: WorkerProcess) -> bool:
@@ -102,11 +137,18 @@ class Spawner:
         return False
 
     async def end(self) -> None:
+        for client in self._clients:
+            await client.aclose()
         for worker in self._started:
             await worker.ops.aclose()
             if worker.process.returncode is None:
                 worker.process.kill()
             await worker.process.wait()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from itertools import count
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import psycopg
@@ -17,6 +18,8 @@ from pydantic import SecretStr
 
 from headway.embedded import Embedded
 from headway.settings import Settings
+from services.worker.kinds import csv_import
+from services.worker.kinds.csv_table import staging_name
 from tests.conftest import Service, until
 
 TABLES = count(1)
@@ -42,6 +45,12 @@ def settings(settings: Settings, servers: Embedded) -> Settings:
         "gone": "postgresql+asyncpg://nobody:none@127.0.0.1:1/none",
     }
     return settings.model_copy(update={"sources": {name: SecretStr(url) for name, url in sources.items()}})
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece that was copied is kept."""
+    monkeypatch.setattr(csv_import, "KEEP_EVERY", 0.0)
 
 
 async def submit(service: Service, data: bytes, table: str = "t", source: str = "default") -> str:
@@ -123,6 +132,7 @@ async def test_a_file_becomes_a_table_with_the_types_of_its_values(
     assert job["progress"]["counts"] == {"rows": 2, "rejected": 0}
 
 
+@pytest.mark.usefixtures("small_chunks")
 async def test_a_value_far_down_decides_the_type_of_its_column(service: Service, source: asyncpg.Connection) -> None:
     data = b"id,price,name,day\n" + rows(40_000) + b"x1,1e3,,unknown\n" + b"5,6,7,\n"
 
@@ -139,6 +149,7 @@ async def test_a_value_far_down_decides_the_type_of_its_column(service: Service,
     assert job["progress"]["done"] == job["progress"]["total"] == 2 * len(data)
 
 
+@pytest.mark.usefixtures("small_chunks")
 async def test_rows_that_cannot_be_read_are_left_out_and_listed(service: Service, source: asyncpg.Connection) -> None:
     # The widening of `b` at the end makes a second pass, which must not list them twice.
     data = b'a,b\n1,2\n3\n"4\n4",5,6\n7,\xff\n8,"x"y\n9,a\0b\n' + b"10,11\n" * 60_000 + b"12,x\n"
@@ -159,6 +170,7 @@ async def test_rows_that_cannot_be_read_are_left_out_and_listed(service: Service
     ]
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     ("data", "message", "listed"),
     [
@@ -181,6 +193,7 @@ async def test_a_file_with_too_many_bad_rows_fails_and_lists_them(
     assert await tables(source) == []
 
 
+@pytest.mark.usefixtures("small_chunks")
 async def test_what_is_no_whole_csv_file_fails_in_words_and_leaves_no_table(
     service: Service, source: asyncpg.Connection
 ) -> None:
@@ -270,6 +283,7 @@ async def stop_by_lost_connection(service: Service, source: asyncpg.Connection, 
     )
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize(
     ("stop", "state", "message"),
     [
@@ -284,9 +298,12 @@ async def stop_by_lost_connection(service: Service, source: asyncpg.Connection, 
 async def test_an_import_that_is_stopped_midway_leaves_no_table(
     service: Service, source: asyncpg.Connection, stop: Callable[..., Any], state: str, message: str | None
 ) -> None:
+    """But the one that a next attempt would go on with, if the job is not cancelled."""
     data = b"a,b,c,d\n" + rows(50_000) * 30
     job_id = await submit(service, data)
     await until(lambda: importing(service, job_id))
+    staging = staging_name(UUID(job_id))
+    assert await tables(source) == [staging]
 
     await stop(service, source, job_id)
 
@@ -294,7 +311,7 @@ async def test_an_import_that_is_stopped_midway_leaves_no_table(
     assert job["state"] == state
     assert job["progress"]["done"] < len(data)
     assert (job["error"] and job["error"]["message"]) == message
-    assert await tables(source) == []
+    assert await tables(source) == ([] if state == "cancelled" else [staging])
     # Nothing of it is left that would hold up the next.
     assert (await ended(service, b"a\n1\n"))["state"] == "succeeded"
 
@@ -303,8 +320,9 @@ async def test_a_cancel_during_the_commit_comes_too_late(service: Service, sourc
     await source.execute("""
         CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1); RETURN NULL; END';
         CREATE FUNCTION wait_at_commit() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
-            CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED
-                FOR EACH ROW EXECUTE FUNCTION wait();
+            EXECUTE 'CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON '
+                || (SELECT object_identity FROM pg_event_trigger_ddl_commands())
+                || ' DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()';
         END $$;
         CREATE EVENT TRIGGER wait ON ddl_command_end WHEN TAG IN ('CREATE TABLE') EXECUTE FUNCTION wait_at_commit()
     """)

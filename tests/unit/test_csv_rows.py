@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.worker.kinds import csv_rows
 from services.worker.kinds.csv_layout import RECORD_LIMIT, Layout
 from services.worker.kinds.csv_rows import Rejected, RowReader
 from services.worker.kinds.csv_types import ColumnType
@@ -77,6 +78,29 @@ def test_pieces_of_any_size_give_the_same(width: int, first: list[str], second: 
         assert (reader.rows, reader.rejected, reader.fault) == (len(rows), whole.rejected, whole.fault)
 
 
+@given(
+    st.integers(1, 3),
+    st.lists(st.sampled_from([*'",;\n\0a1', '""', "é", "1,2\n", '"a\nb",3\n', "x" * 9]), max_size=30),
+    st.binary(max_size=3),
+    st.integers(1, 9),
+)
+def test_another_reader_goes_on_between_any_two_rows(width: int, data: list[str], bad: bytes, step: int) -> None:
+    file = "".join(data).encode() + bad + b"\n1\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(csv_rows, "RECORD_LIMIT", 25)
+        whole = RowReader(layout(width))
+        rows = parsed(read(whole, file))
+        first, given = RowReader(layout(width)), b""
+        for place in range(0, len(file), step):
+            given += first.match(file[place : place + step]) + first.resolve()
+            if first.between_rows:
+                second = RowReader(layout(width), first.types, offset=first.offset, lines=first.lines, rows=first.rows)
+                rest = read(second, file[first.offset :])
+                assert parsed(given) + parsed(rest) == rows
+                assert first.rejected + second.rejected == whole.rejected
+                assert (second.rows, second.types, second.fault) == (whole.rows, whole.types, whole.fault)
+
+
 def test_clean_rows_are_passed_on_as_they_are() -> None:
     rows = b'1,"a ""b""",2.50\n2,"c\nd",\n'
     reader = RowReader(layout(3), [ColumnType.BIGINT, ColumnType.TEXT, ColumnType.NUMERIC])
@@ -113,7 +137,9 @@ def test_rows_that_cannot_be_taken_are_rejected_with_their_line(row: bytes, reas
 
     given = read(reader, b'1,"a\nb"\n' * 200 + b"\n" + row + b"\n" + b"2,b\n" * 200)
 
-    assert reader.rejected == [Rejected(403, reason, row.decode("utf-8", "backslashreplace").replace("\0", "\\x00"))]
+    assert reader.rejected == [
+        Rejected(200 * 8 + 1, 403, reason, row.decode("utf-8", "backslashreplace").replace("\0", "\\x00"))
+    ]
     assert len(parsed(given)) == reader.rows == 400
     assert not reader.fault
 

@@ -11,16 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field
 from headway import Fatal, JobContext, kind
 from headway.kinds import InputFile
 from services.worker.kinds.csv_layout import Layout, read_layout
-from services.worker.kinds.csv_rejects import Rejects
+from services.worker.kinds.csv_position import Position
+from services.worker.kinds.csv_rejects import Rejects, pieces
 from services.worker.kinds.csv_rows import RowReader
-from services.worker.kinds.csv_table import NewTable, connected
+from services.worker.kinds.csv_source import connected
+from services.worker.kinds.csv_table import Table, drop, drop_left_behind
 
 HEAD = 256 << 10
 # COPY begins with the types of the first rows; the rest is checked against them while it is sent.
 SAMPLE = 256 << 10
-# Checked on the event loop in about a millisecond, then it is others' turn. A thread would hold them up for longer: it
-# gives way only every five.
-PIECE = 64 << 10
+# How often what was copied is kept, in seconds: what an interruption costs at most. Each time costs some milliseconds.
+KEEP_EVERY = 2.0
 
 
 class ImportInput(BaseModel):
@@ -53,25 +54,31 @@ class ImportResult(BaseModel):
 async def import_csv(job: JobContext, input: ImportInput) -> ImportResult:
     """Import a CSV file into a new table of a source, with types that hold every value of each column.
 
-    The table appears complete, in one transaction, or not at all.
+    The table appears complete, in one transaction, or not at all. After an interruption the import goes on where it
+    was.
     """
-    began = time.monotonic()
     url = job.source(input.source)
     file = await job.open_file(input.file)
-    async with Rejects(job) as rejects, connected(url, input.source) as connection:
-        layout = await _layout(file)
-        table = NewTable(connection, input.source, input.table)
-        reader = await _Import(job, file, layout, rejects, table).run()
+    try:
+        async with Rejects(job) as rejects, connected(url, input.source) as connection:
+            layout = await _layout(file)
+            table = Table(connection, input.source, input.table, job.id)
+            await drop_left_behind(connection)
+            end = await _Import(job, file, layout, rejects, table).run()
+    except BaseException as error:
+        if isinstance(error, Fatal) or job.interruption == "cancelled":
+            await drop(url, input.source, job.id)
+        raise
     return ImportResult(
         table=input.table,
         source=input.source,
-        rows=reader.rows,
-        rejected=rejects.count,
+        rows=end.rows,
+        rejected=len(end.rejected),
         columns=[
             Column(name=name, type=column_type.sql, title=None if title == name else title)
-            for name, column_type, title in zip(layout.names, reader.types, layout.titles, strict=True)
+            for name, column_type, title in zip(layout.names, end.types, layout.titles, strict=True)
         ],
-        seconds=round(time.monotonic() - began, 3),
+        seconds=end.seconds,
     )
 
 
@@ -80,61 +87,86 @@ class _Misfit(Exception):
 
 
 class _Import:
-    """Fills and commits the table, in one pass over the file where the first rows tell the types, in two if not."""
+    """Fills the table, in one pass over the file where the first rows tell the types, in two if not."""
 
-    def __init__(self, job: JobContext, file: InputFile, layout: Layout, rejects: Rejects, table: NewTable) -> None:
+    def __init__(self, job: JobContext, file: InputFile, layout: Layout, rejects: Rejects, table: Table) -> None:
         self._job = job
         self._file = file
         self._layout = layout
         self._rejects = rejects
         self._table = table
+        self._began = time.monotonic()
         self._passes = 1
+        self._more = True
 
-    async def run(self) -> RowReader:
-        """The reader that has read the whole file, after the commit."""
+    async def run(self) -> Position:
+        """Where the import ended, after the table has appeared."""
+        found = await self._table.find()
         reader = RowReader(self._layout)
-        async with aclosing(self._checked(reader, number=1)) as checked:
-            sample = await _first(checked, SAMPLE)
-            types = self._types(reader)
+        if found is not None:
+            self._began -= found.seconds
+            await self._rejects.restore(found.rejected, self._file, self._layout)
+            if self._table.complete:
+                return found
+            self._passes = found.passes
+            reader = RowReader(self._layout, found.types, offset=found.offset, lines=found.lines, rows=found.rows)
+            await self._job.log(f"Going on after {found.rows:,} rows, which are in the source already.")
+        types = self._types(reader)
+        async with aclosing(self._checked(reader, number=self._passes)) as checked:
             try:
-                await self._fill(reader, sample, checked)
+                if found is None:
+                    sample = await _first(checked, SAMPLE)
+                    types = self._types(reader)
+                    await self._fill(reader, _chained(sample, checked), kept=None)
+                else:
+                    await self._fill(reader, checked, kept=found.rows)
             except _Misfit:
-                self._passes = 2
                 await self._table.undo()
-            if self._passes == 2:
+                self._passes = 2
                 # The rest of the file may widen more types: the second pass begins with those that hold all of it.
                 async for _ in checked:
                     pass
                 await self._job.log(f"Importing anew: further down, {self._changes(types, reader)}.")
-        if self._passes == 2:
-            reader = RowReader(self._layout, reader.types)
-            async with aclosing(self._checked(reader, number=2)) as checked:
-                await self._fill(reader, b"", checked)
+                reader = RowReader(self._layout, reader.types)
+                async with aclosing(self._checked(reader, number=2)) as again:
+                    await self._fill(reader, again, kept=None)
         # Nothing comes after the commit that could still fail or be cancelled.
         await self._rejects.close()
-        await self._table.commit()
-        return reader
+        end = self._position(reader)
+        await self._table.finish(end)
+        return end
 
-    async def _fill(self, reader: RowReader, first: bytes, checked: AsyncIterator[bytes]) -> None:
+    async def _fill(self, reader: RowReader, rows: AsyncIterator[bytes], *, kept: int | None) -> None:
+        """Fill the table with the rows after those that are kept in it, None to make it, up to the last chunk's end."""
         types = self._types(reader)
+        self._more = True
+        while self._more:
+            await self._table.begin(types, anew=kept is None)
+            async with aclosing(self._chunk(reader, types, rows)) as chunk:
+                copied = await self._table.fill(types, chunk, self._layout.delimiter)
+            if copied != reader.rows - (kept or 0):
+                raise RuntimeError(f"Postgres took {copied} rows where {reader.rows - (kept or 0)} were sent.")
+            if self._more:
+                await self._table.keep(self._position(reader))
+                kept = reader.rows
 
-        async def fitting() -> AsyncGenerator[bytes]:
-            yield first
-            async for rows in checked:
-                if self._types(reader) != types:
-                    raise _Misfit
-                yield rows
-
-        await self._table.create(types)
-        async with aclosing(fitting()) as rows:
-            copied = await self._table.fill(types, rows, self._layout.delimiter)
-        if copied != reader.rows:
-            raise RuntimeError(f"Postgres took {copied} rows where {reader.rows} were sent.")
+    async def _chunk(
+        self, reader: RowReader, types: dict[str, str], rows: AsyncIterator[bytes]
+    ) -> AsyncGenerator[bytes]:
+        """As many of the rows as are copied at a time."""
+        ends = time.monotonic() + KEEP_EVERY
+        async for given in rows:
+            if self._types(reader) != types:
+                raise _Misfit
+            yield given
+            if reader.between_rows and time.monotonic() >= ends:
+                return
+        self._more = False
 
     async def _checked(self, reader: RowReader, *, number: int) -> AsyncGenerator[bytes]:
         """The rows of the file, for the first time or the second. Raises Fatal when too much of it cannot be read."""
-        done, size = self._layout.start, self._file.file.size
-        async for piece in _pieces(self._file, done):
+        done, size = reader.offset, self._file.file.size
+        async for piece in pieces(self._file, done):
             rows = reader.match(piece)
             if reader.stuck:
                 rows += await asyncio.to_thread(reader.resolve)
@@ -161,6 +193,19 @@ class _Import:
             counts={"rows": reader.rows, "rejected": self._rejects.count},
         )
 
+    def _position(self, reader: RowReader) -> Position:
+        return Position(
+            job=self._job.id,
+            writer=self._table.writer,
+            offset=reader.offset,
+            lines=reader.lines,
+            rows=reader.rows,
+            passes=self._passes,
+            types=reader.types,
+            rejected=self._rejects.places,
+            seconds=round(time.monotonic() - self._began, 3),
+        )
+
     def _types(self, reader: RowReader) -> dict[str, str]:
         return {name: column_type.sql for name, column_type in zip(self._layout.names, reader.types, strict=True)}
 
@@ -182,13 +227,6 @@ async def _layout(file: InputFile) -> Layout:
     return await asyncio.to_thread(read_layout, head, whole=len(head) == file.file.size)
 
 
-async def _pieces(file: InputFile, start: int) -> AsyncIterator[bytes]:
-    async for chunk in file.chunks(start=start):
-        for place in range(0, len(chunk), PIECE):
-            yield chunk[place : place + PIECE]
-            await asyncio.sleep(0)
-
-
 async def _first(rows: AsyncIterator[bytes], size: int) -> bytes:
     """At least `size` bytes of them, or all."""
     found = b""
@@ -197,3 +235,9 @@ async def _first(rows: AsyncIterator[bytes], size: int) -> bytes:
         if len(found) >= size:
             break
     return found
+
+
+async def _chained(first: bytes, rows: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for more in rows:
+        yield more

@@ -1,24 +1,32 @@
 """The rows that an import leaves out, as an artifact."""
 
+import asyncio
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
 from headway import Fatal, JobContext
-from headway.kinds import ArtifactWriter
-from services.worker.kinds.csv_rows import Rejected
+from headway.kinds import ArtifactWriter, InputFile
+from services.worker.kinds.csv_layout import Layout
+from services.worker.kinds.csv_rows import Rejected, RowReader
 
 MAX_REJECTED = 1000
+# Checked on the event loop in about a millisecond, then it is others' turn. A thread would hold them up for longer: it
+# gives way only every five.
+PIECE = 64 << 10
 
 
 class Rejects:
-    """The artifact `rejected.csv`, begun with the first row that is rejected. A Fatal that ends the block keeps it."""
+    """The artifact `rejected.csv`, begun with the first row that is rejected. A Fatal that ends the block keeps it.
+
+    `places` are the byte and the line of the file that each of the rows begins on.
+    """
 
     def __init__(self, job: JobContext) -> None:
-        self.count = 0
+        self.places: list[tuple[int, int]] = []
         self._job = job
         self._open = AsyncExitStack()
         self._out: ArtifactWriter | None = None
@@ -40,6 +48,11 @@ class Rejects:
         await self._open.aclose()
 
     @property
+    def count(self) -> int:
+        """How many they are."""
+        return len(self.places)
+
+    @property
     def examples(self) -> str:
         """The first few in words, and what to do."""
         rows = "; ".join(f"line {row.line:,}, {row.reason}" for row in self._first)
@@ -53,13 +66,36 @@ class Rejects:
             self._out = await self._open.enter_async_context(self._job.artifact("rejected.csv", "text/csv"))
             await self._write([("line", "reason", "row")])
         await self._write([(row.line, row.reason, row.row) for row in rows])
-        self.count += len(rows)
+        self.places += [(row.offset, row.line) for row in rows]
         self._first = [*self._first, *rows][:3]
         if self.count > MAX_REJECTED:
             raise Fatal(f"More than {MAX_REJECTED:,} rows cannot be read: {self.examples}")
+
+    async def restore(self, places: Sequence[tuple[int, int]], file: InputFile, layout: Layout) -> None:
+        """Add the rows that an attempt before this one has rejected, from the file."""
+        while self.count < len(places):
+            offset, line = places[self.count]
+            reader = RowReader(layout, offset=offset, lines=line - 1)
+            async for piece in pieces(file, offset):
+                reader.match(piece)
+                await asyncio.to_thread(reader.resolve)
+                if reader.rejected:
+                    break
+            found = reader.rejected[: len(places) - self.count]
+            if not found:
+                raise RuntimeError(f"Line {line}, which an attempt before this one has rejected, can be read now.")
+            await self.add(found)
 
     async def _write(self, rows: Sequence[Sequence[object]]) -> None:
         assert self._out is not None
         text = io.StringIO()
         csv.writer(text).writerows(rows)
         await self._out.write(text.getvalue().encode())
+
+
+async def pieces(file: InputFile, start: int) -> AsyncIterator[bytes]:
+    """The bytes of a file from `start` on, so few at a time that others get their turn."""
+    async for chunk in file.chunks(start=start):
+        for place in range(0, len(chunk), PIECE):
+            yield chunk[place : place + PIECE]
+            await asyncio.sleep(0)

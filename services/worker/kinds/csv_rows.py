@@ -19,8 +19,9 @@ _SHOWN = 1000
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A row that is left out: the line it begins on, why, and its text."""
+    """A row that is left out: the byte and the line that it begins on, why, and its text."""
 
+    offset: int
     line: int
     reason: str
     row: str
@@ -32,21 +33,38 @@ class RowReader:
     `match` is quick. While it leaves the reader `stuck`, call `resolve`, and after the last byte `end`; both may take
     long enough to be worth a thread. `types` widen as the values ask for it, `rows` counts what was given back,
     `rejected` collects what was not, and `fault` says, after `end`, why the file as a whole cannot be read.
+
+    What was given back or rejected ends at the byte `offset` of the file, after `lines` lines. Where that is
+    `between_rows`, another reader that is made with these numbers and types goes on as this one would.
     """
 
-    def __init__(self, layout: Layout, types: Sequence[ColumnType] = ()) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        types: Sequence[ColumnType] = (),
+        *,
+        offset: int | None = None,
+        lines: int | None = None,
+        rows: int = 0,
+    ) -> None:
         self.types = list(types) or [ColumnType.EMPTY] * len(layout.titles)
-        self.rows = 0
+        self.rows = rows
+        self.offset = layout.start if offset is None else offset
+        self.lines = layout.lines if lines is None else lines
         self.rejected: list[Rejected] = []
         self.fault = ""
         self._layout = layout
         self._break = layout.line_break
         self._not_marks = bytes(set(range(256)) - {*b'"', *self._break})
-        self._lines = layout.lines
         self._rest = b""
         self._enough = 0
         self._pattern: re.Pattern[bytes] | None = None
         self._skipping = _Skipping(self._break)
+
+    @property
+    def between_rows(self) -> bool:
+        """Whether `offset` is where a row begins, not inside of one that is passed over."""
+        return not self._skipping.line
 
     @property
     def stuck(self) -> bool:
@@ -57,9 +75,9 @@ class RowReader:
     def match(self, data: bytes) -> bytes:
         """Take `data`; give back the rows that fit the types, as they are."""
         if self._skipping.line:
-            self._lines += data.count(self._break)
-            data = self._skipping.after(data)
-            self._lines -= data.count(self._break)
+            after = self._skipping.after(data)
+            self._pass(data[: len(data) - len(after)])
+            data = after
         self._rest += data
         if len(self._rest) < self._enough:
             return b""
@@ -93,7 +111,7 @@ class RowReader:
             )
         if self._rest or self._skipping.in_quotes:
             self.fault = (
-                f"The row on line {self._skipping.line or self._lines + 1:,} has no closing quote: the file is cut "
+                f"The row on line {self._skipping.line or self.lines + 1:,} has no closing quote: the file is cut "
                 "off after it, or the quote is a mistake. Upload the whole file again, or correct the row."
             )
         return given
@@ -105,13 +123,13 @@ class RowReader:
     def _matched(self) -> bytes:
         if self._pattern is None:
             return b""
-        rows = self._rest[: _end(self._pattern, self._rest, len(self._rest))]
+        rows = self._rest[: _end(self._pattern, self._rest, RECORD_LIMIT)]
         try:
             rows.decode()
         except UnicodeDecodeError as error:
             rows = rows[: _end(self._pattern, rows, rows.rfind(self._break, 0, error.start) + 1)]
         self._rest = self._rest[len(rows) :]
-        self._lines += rows.count(self._break)
+        self._pass(rows)
         # Line ends outside quotes: of the quotes and line ends in order, those between an even number of quotes.
         marks = rows.translate(None, self._not_marks).replace(b'""', b"")
         self.rows += sum(map(len, marks.split(b'"')[::2]))
@@ -121,16 +139,18 @@ class RowReader:
         """The next rows one by one, a hundred lines of them or the one row that has more."""
         count, used = _PARSED_LINES, 0
         while not used:
-            lines = self._rest.split(self._break, count)[:-1]
+            # Whether a row is too long must not depend on the pieces that the file comes in.
+            lines = self._rest[:RECORD_LIMIT].split(self._break, count)[:-1]
             rows, used = self._split(lines)
             if len(lines) < count:
                 break
             count *= 2
         if not used:
-            self._wait()
-            return b""
-        self._rest = self._rest[sum(map(len, lines[:used])) + used :]
-        self._lines += used
+            return self._wait()
+        size = sum(map(len, lines[:used])) + used
+        self._rest = self._rest[size:]
+        self.offset += size
+        self.lines += used
         self.rows += len(rows)
         if rows:
             self.types = [
@@ -161,7 +181,8 @@ class RowReader:
             raw = "".join(text[used : reader.line_num])
             reason = reason or self._reason(row, raw)
             if reason:
-                self._reject(self._lines + used + 1, reason, raw.encode("utf-8", "surrogateescape"))
+                offset = self.offset + sum(map(len, lines[:used])) + used
+                self._reject(offset, self.lines + used + 1, reason, raw.encode("utf-8", "surrogateescape"))
             elif row:
                 rows.append(row)
             used = reader.line_num
@@ -178,19 +199,26 @@ class RowReader:
             return f"{len(row)} {'field' if len(row) == 1 else 'fields'}, not {len(self.types)} as in the header"
         return ""
 
-    def _wait(self) -> None:
-        """No row is whole before there is more; one that grows too long is passed over."""
-        if len(self._rest) > RECORD_LIMIT:
-            self._reject(self._lines + 1, "longer than 1 MiB", self._rest[:_SHOWN])
-            self._skipping.begin(self._lines + 1, self._rest)
-            self._lines += self._rest.count(self._break)
-            self._rest = b""
-        # Twice as much before the next try, so that long rows are not read over and over.
-        self._enough = 2 * len(self._rest)
+    def _wait(self) -> bytes:
+        """No row is whole before there is more; one that is too long is passed over, and what follows given back."""
+        if len(self._rest) <= RECORD_LIMIT:
+            # Twice as much before the next try, so that long rows are not read over and over.
+            self._enough = min(2 * len(self._rest), RECORD_LIMIT + 1)
+            return b""
+        head, more = self._rest[:RECORD_LIMIT], self._rest[RECORD_LIMIT:]
+        self._reject(self.offset, self.lines + 1, "longer than 1 MiB", head[:_SHOWN])
+        self._skipping.begin(self.lines + 1, head)
+        self._pass(head)
+        self._rest = b""
+        return self.match(more)
 
-    def _reject(self, line: int, reason: str, row: bytes) -> None:
+    def _pass(self, data: bytes) -> None:
+        self.offset += len(data)
+        self.lines += data.count(self._break)
+
+    def _reject(self, offset: int, line: int, reason: str, row: bytes) -> None:
         text = row.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
-        self.rejected.append(Rejected(line, reason, text.rstrip("\r\n")))
+        self.rejected.append(Rejected(offset, line, reason, text.rstrip("\r\n")))
 
 
 class _Skipping:

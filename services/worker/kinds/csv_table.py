@@ -1,137 +1,193 @@
-"""A new table of a Postgres source: created, filled through COPY and committed as one, or not there at all."""
+"""The table of an import: filled in chunks under a name of its job's own, renamed when it is complete.
+
+Each chunk is a transaction that copies rows and writes the position into the table's comment, so that another attempt
+goes on exactly there. One attempt at a time is in such a transaction, and only the last that took the import over.
+"""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
 
 import asyncpg
 import structlog
 
-from headway import Fatal
+from headway import Retry
+from services.worker.kinds.csv_position import VERSION, Position
+from services.worker.kinds.csv_source import connected, copy, refusals, taken
 
 if TYPE_CHECKING:
-    Connection = asyncpg.Connection[asyncpg.Record]
+    from services.worker.kinds.csv_source import Connection
 
-CONNECT_TIMEOUT = 10.0
-CREATE_TIMEOUT = 30.0
+PREFIX = "headway_import_"
+# More than a chunk of an attempt takes that is alive.
+LOCK_TIMEOUT = 5.0
 COMMIT_TIMEOUT = 5.0
+DROP_TIMEOUT = 8.0
+# How long a table may wait for the next attempt of its job.
+KEPT = timedelta(days=7)
+
+TABLE = """
+SELECT to_regclass(name) IS NOT NULL AS there, obj_description(to_regclass(name), 'pg_class') AS comment
+FROM (SELECT quote_ident(current_schema()) || '.' || quote_ident($1) AS name) AS named
+"""
+LEFT_BEHIND = """
+SELECT obj_description(oid, 'pg_class') AS comment FROM pg_class
+WHERE relname LIKE $1 AND relkind = 'r' AND relnamespace = current_schema()::regnamespace
+    AND pg_has_role(relowner, 'USAGE')
+"""
+END_HOLDER = """
+SELECT pg_terminate_backend(pid) FROM pg_locks
+WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND classid::bigint << 32 | objid::bigint = $1
+    AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND pid <> pg_backend_pid()
+"""
 
 log = structlog.get_logger(__name__)
 
 
-@asynccontextmanager
-async def connected(url: str, source: str) -> AsyncIterator["Connection"]:
-    """A connection to the source for one import. Whatever is not committed when the block ends never was.
+class Table:
+    """Call `find` first, then for each chunk `begin`, `fill` and `keep`, for the last one `finish`.
 
-    Raises Fatal if the source is not Postgres, ConnectionError if it cannot be reached.
+    Raises Fatal if the name is taken, or the source refuses the table or its rows; Retry if another attempt of the
+    job is at work on it.
     """
-    scheme, _, place = url.partition("://")
-    if scheme.partition("+")[0] not in {"postgresql", "postgres"}:
-        raise Fatal(f"The source {source!r} is not a Postgres database; csv.import needs one. Name another source.")
-    try:
-        connection = await asyncpg.connect(
-            f"postgresql://{place}",
-            timeout=CONNECT_TIMEOUT,
-            server_settings={"application_name": "headway csv.import"},
-        )
-    except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-        reason = str(error) or type(error).__name__
-        raise ConnectionError(f"The source {source!r} cannot be reached: {reason}.") from error
-    try:
-        yield connection
-    finally:
-        # Not `close`, which waits for the server: a cancelled import must let go of it at once.
-        connection.terminate()
 
-
-class NewTable:
-    """Raises Fatal if the table exists, or the source refuses it or its rows."""
-
-    def __init__(self, connection: "Connection", source: str, name: str) -> None:
+    def __init__(self, connection: "Connection", source: str, name: str, job_id: UUID) -> None:
+        self.writer = uuid4()
+        self.complete = False
         self._connection = connection
         self._source = source
         self._name = name
+        self._job_id = job_id
+        self._staging = staging_name(job_id)
+        self._comment: str | None = None
 
-    async def create(self, columns: Mapping[str, str]) -> None:
-        """Begin: make the table, with the types of its columns by their names, for this transaction alone to see."""
-        definition = ", ".join(f'"{column}" {column_type}' for column, column_type in columns.items())
-        with self._refusals():
-            await self._connection.execute("BEGIN; SET LOCAL lock_timeout = '5s'", timeout=CREATE_TIMEOUT)
-            await self._connection.execute(f'CREATE TABLE "{self._name}" ({definition})', timeout=CREATE_TIMEOUT)
+    async def find(self) -> Position | None:
+        """Take the import over; how far an attempt before has brought it. `complete` if it has its name already."""
+        with refusals(self._source, self._name):
+            await _alone(self._connection, self._job_id)
+            target = await self._connection.fetchrow(TABLE, self._name)
+            assert target is not None
+            found = Position.of(target["comment"])
+            if target["there"]:
+                if found is None or found.job != self._job_id:
+                    raise taken(self._source, self._name)
+                self.complete = True
+                await self.undo()
+                return found
+            self._comment = await self._comment_now()
+            found = Position.of(self._comment)
+            if found is None or found.version != VERSION:
+                await self.undo()
+                return None
+            await self.keep(found.model_copy(update={"writer": self.writer, "at": datetime.now(UTC)}))
+            return found
+
+    async def begin(self, columns: Mapping[str, str], *, anew: bool) -> None:
+        """Begin a chunk; `anew`: the first one, of a table with the types of its columns by their names."""
+        with refusals(self._source, self._name):
+            await _alone(self._connection, self._job_id)
+            if await self._comment_now() != self._comment:
+                await self.undo()
+                raise Retry("Another attempt of this job has gone on with the import.", after=1)
+            if anew:
+                definition = ", ".join(f'"{column}" {column_type}' for column, column_type in columns.items())
+                await self._connection.execute(f"DROP TABLE IF EXISTS {self._staging}")
+                await self._connection.execute(f"CREATE TABLE {self._staging} ({definition})")
 
     async def fill(self, columns: Mapping[str, str], rows: AsyncIterator[bytes], delimiter: str) -> int:
-        """Copy rows of CSV in; how many they were. An exception of `rows` passes through.
+        """Copy rows of CSV in; how many they were. An exception of `rows` passes through."""
+        with refusals(self._source, self._name):
+            return await copy(self._connection, self._staging, columns, rows, delimiter)
 
-        Raises ConnectionError if the source goes away meanwhile.
-        """
-
-        with self._refusals():
-            copying = asyncio.ensure_future(
-                self._connection.copy_to_table(
-                    self._name,
-                    source=rows,
-                    format="csv",
-                    encoding="UTF8",
-                    delimiter=delimiter,
-                    force_null=list(columns),
-                )
+    async def keep(self, position: Position) -> None:
+        """End the chunk: what was filled in stays, with the position after it."""
+        comment = position.model_dump_json()
+        with refusals(self._source, self._name):
+            # If Postgres crashes it may take the last of these back, whole, for which the import need not wait.
+            await self._connection.execute(
+                f"COMMENT ON TABLE {self._staging} IS '{comment}'; SET LOCAL synchronous_commit = off; COMMIT"
             )
-
-            # asyncpg goes on waiting for leave to write when the connection is gone.
-            def stop(_: object) -> None:
-                copying.cancel()
-
-            self._connection.add_termination_listener(stop)
-            try:
-                status = await copying
-            except asyncio.CancelledError:
-                if not self._connection.is_closed():
-                    raise
-                raise ConnectionError(f"The source {self._source!r} closed the connection during the import.") from None
-            finally:
-                self._connection.remove_termination_listener(stop)
-        return int(status.removeprefix("COPY "))
+        self._comment = comment
 
     async def undo(self) -> None:
-        """The table never was; `create` may begin anew."""
-        await self._connection.execute("ROLLBACK", timeout=CREATE_TIMEOUT)
+        """The chunk never was."""
+        await self._connection.execute("ROLLBACK")
 
-    async def commit(self) -> None:
-        """Let the table appear. A cancel that comes while it does is too late, and has no effect."""
-        commit = asyncio.ensure_future(self._connection.execute("COMMIT"))
-        try:
-            await asyncio.shield(commit)
-        except asyncio.CancelledError:
-            if not (await asyncio.wait({commit}, timeout=COMMIT_TIMEOUT))[0]:
-                commit.cancel()
-                raise
-            commit.result()
-            log.info("a cancel came too late: the import was being committed")
+    async def finish(self, position: Position) -> None:
+        """End the last chunk: the table gets its name. A cancel that comes with the commit is too late."""
+        with refusals(self._source, self._name):
+            # Whoever reads the table, such as a backup, is waited for as long as the job may take.
+            await self._connection.execute(
+                f"COMMENT ON TABLE {self._staging} IS '{position.model_dump_json()}'; "
+                f'SET LOCAL lock_timeout = 0; ALTER TABLE {self._staging} RENAME TO "{self._name}"'
+            )
+            commit = asyncio.ensure_future(self._connection.execute("COMMIT"))
+            try:
+                await asyncio.shield(commit)
+            except asyncio.CancelledError:
+                if not (await asyncio.wait({commit}, timeout=COMMIT_TIMEOUT))[0]:
+                    commit.cancel()
+                    raise
+                commit.result()
+                log.info("a cancel came too late: the import was being committed")
 
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
+    async def _comment_now(self) -> str | None:
+        row = await self._connection.fetchrow(TABLE, self._staging)
+        assert row is not None
+        comment: str | None = row["comment"]
+        return comment
+
+
+def staging_name(job_id: UUID) -> str:
+    """What the table is called until it is complete."""
+    return f"{PREFIX}{job_id.hex}"
+
+
+async def drop(url: str, source: str, job_id: UUID) -> None:
+    """Drop what a job has brought into the source that will not go on. Raises nothing."""
+    try:
+        async with asyncio.timeout(DROP_TIMEOUT), connected(url, source) as connection:
+            await _alone(connection, job_id)
+            await connection.execute(f"DROP TABLE IF EXISTS {staging_name(job_id)}; COMMIT")
+    except Exception as error:
+        log.warning("a table of an import may be left in the source", table=staging_name(job_id), error=repr(error))
+
+
+async def drop_left_behind(connection: "Connection") -> None:
+    """Drop tables that have waited too long for a next attempt of their job, as far as the source lets us."""
+    try:
+        for row in await connection.fetch(LEFT_BEHIND, PREFIX.replace("_", r"\_") + "%"):
+            found = Position.of(row["comment"])
+            if found is None or datetime.now(UTC) - found.at < KEPT:
+                continue
+            await _alone(connection, found.job)
+            again = await connection.fetchrow(TABLE, staging_name(found.job))
+            if again is not None and again["comment"] == row["comment"]:
+                await connection.execute(f"DROP TABLE {staging_name(found.job)}")
+            await connection.execute("COMMIT")
+            log.info("a table was dropped that an import had left behind", job_id=str(found.job))
+    except (asyncpg.PostgresError, Retry) as error:
+        log.warning("tables that imports have left behind were not dropped", error=repr(error))
+        await connection.execute("ROLLBACK")
+
+
+async def _alone(connection: "Connection", job_id: UUID) -> None:
+    """Begin a transaction that no other attempt of the job is in.
+
+    One that does not end, because its process hangs or its machine is gone, is ended: its job was given to us.
+    """
+    key = int.from_bytes(job_id.bytes[8:], signed=True)
+    begin = f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'; SELECT pg_advisory_xact_lock({key})"
+    try:
+        await connection.execute(begin)
+    except asyncpg.LockNotAvailableError:
+        await connection.execute("ROLLBACK")
+        ended = await connection.fetch(END_HOLDER, key)
+        log.warning("another attempt's hold on the import was ended", job_id=str(job_id), connections=len(ended))
         try:
-            yield
-        except (asyncpg.DuplicateTableError, asyncpg.DuplicateObjectError, asyncpg.UniqueViolationError):
-            raise Fatal(
-                f"The source {self._source!r} has a table or type {self._name!r} already. "
-                "Choose another name for the table, or drop it first."
-            ) from None
+            await connection.execute(begin)
         except asyncpg.LockNotAvailableError:
-            raise Fatal(
-                f"Another import is making the table {self._name!r} in the source {self._source!r}. "
-                "Choose another name for the table, or wait for that import."
-            ) from None
-        except (
-            asyncpg.InsufficientPrivilegeError,
-            asyncpg.InvalidSchemaNameError,
-            asyncpg.ReadOnlySQLTransactionError,
-        ) as error:
-            raise Fatal(
-                f"The source {self._source!r} does not let its user make a table: {error}. "
-                "Ask its operator for the right to create tables, or name another source."
-            ) from error
-        except (asyncpg.DataError, asyncpg.ProgramLimitExceededError) as error:
-            where = f" ({error.context})" if error.context else ""
-            raise Fatal(f"Postgres refuses the rows: {error}{where}. Correct the file and upload it again.") from error
+            await connection.execute("ROLLBACK")
+            raise Retry("Another attempt of this job holds on to the import.", after=10) from None
