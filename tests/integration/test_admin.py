@@ -173,6 +173,8 @@ async def test_the_api_describes_itself(settings: Settings, database: asyncpg.Co
         ("post", "/api/v1/jobs"),
         ("get", "/api/v1/jobs/{job_id}"),
         ("post", "/api/v1/jobs/{job_id}/cancel"),
+        ("post", "/api/v1/jobs/{job_id}/retry"),
+        ("post", "/api/v1/jobs/bulk"),
         ("get", "/api/v1/jobs/{job_id}/failures"),
         ("get", "/api/v1/jobs/{job_id}/artifacts"),
         ("get", "/api/v1/jobs/{job_id}/artifacts/{name}"),
@@ -180,6 +182,14 @@ async def test_the_api_describes_itself(settings: Settings, database: asyncpg.Co
         ("get", "/api/v1/files/{file_id}"),
         ("get", "/api/v1/kinds"),
         ("get", "/api/v1/kinds/{name}"),
+        ("get", "/api/v1/schedules"),
+        ("post", "/api/v1/schedules"),
+        ("get", "/api/v1/schedules/{schedule_id}"),
+        ("patch", "/api/v1/schedules/{schedule_id}"),
+        ("delete", "/api/v1/schedules/{schedule_id}"),
+        ("post", "/api/v1/schedules/{schedule_id}/pause"),
+        ("post", "/api/v1/schedules/{schedule_id}/resume"),
+        ("post", "/api/v1/schedules/{schedule_id}/run"),
     }
     (scheme,) = api["components"]["securitySchemes"].values()
     assert scheme == {"type": "http", "scheme": "bearer"}
