@@ -1,22 +1,21 @@
-"""`/jobs`: submit, read, cancel, and what jobs made."""
+"""`/jobs`: submit, read, cancel, retry."""
 
 import base64
 import re
 import time
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
-from urllib.parse import quote
 from uuid import UUID
 
-from django.http import HttpResponse, StreamingHttpResponse
+from django.http import HttpResponse
 from ninja import Field, Query, Router, Schema
 from pydantic import AwareDatetime, ConfigDict, model_validator
 
 from headway.errors import BadRequest, NotFound
-from headway.job import Artifact, Job, Priority, timestamp
+from headway.job import Job, Priority, timestamp
 from headway.lifecycle import NewJob
 from headway.states import JobState
-from services.web.api.answers import answer, not_modified, nothing
+from services.web.api.answers import answer, not_modified
 from services.web.api.request import ApiRequest
 
 LONGEST = 7 * 86400.0
@@ -27,8 +26,6 @@ CLOCKS = 60.0
 BULK = 500
 BULK_TIME = 20.0
 KEY = re.compile(r"[!-~]{1,255}")
-# One range; a header that is anything else is passed over, as RFC 9110 permits, and the whole is sent.
-RANGE = re.compile(r"bytes=(?:(?P<start>\d{1,18})-(?P<end>\d{1,18})?|-(?P<last>\d{1,18}))", re.ASCII)
 
 router = Router(tags=["jobs"])
 
@@ -173,9 +170,9 @@ async def list_jobs(request: ApiRequest, wanted: Query[Filter]) -> HttpResponse:
 @router.get("/{uuid:job_id}", summary="One job")
 async def get_job(request: ApiRequest, job_id: UUID) -> HttpResponse:
     """The job as it is now. `ETag` changes with every event; with `If-None-Match` the answer may be 304."""
-    job = await _job(request, job_id)
+    job = await find_job(request, job_id)
     etag = f'"{job.epoch}-{job.seq}"'
-    if _known(request, etag):
+    if known(request, etag):
         return not_modified({"ETag": etag})
     return answer(job.as_json(), headers={"ETag": etag})
 
@@ -231,72 +228,23 @@ async def bulk(request: ApiRequest, wanted: Bulk) -> HttpResponse:
 async def list_failures(request: ApiRequest, job_id: UUID) -> HttpResponse:
     """One for each attempt that failed, oldest first: type, message, and for exceptions class and traceback."""
     request.only()
-    await _job(request, job_id)
+    await find_job(request, job_id)
     return answer({"failures": await request.app.store.failures(job_id, request.auth.tenant_id)})
 
 
-@router.get("/{uuid:job_id}/artifacts", summary="The files that a job made")
-async def list_artifacts(request: ApiRequest, job_id: UUID) -> HttpResponse:
-    """Artifacts become visible when the job ends."""
-    return answer({"artifacts": [artifact.as_json() for artifact in await _artifacts(request, job_id)]})
-
-
-@router.get("/{uuid:job_id}/artifacts/{name}", summary="Download an artifact")
-async def download(request: ApiRequest, job_id: UUID, name: str) -> HttpResponse | StreamingHttpResponse:
-    """The bytes, streamed. One range, `Range: bytes=a-b`, answers 206; `ETag` is the SHA-256."""
-    for artifact in await _artifacts(request, job_id):
-        if artifact.name == name:
-            return _send(request, artifact)
-    raise NotFound(f"Job {job_id} has no artifact {name[:100]!r}; GET /api/v1/jobs/{job_id}/artifacts lists them.")
-
-
-def _send(request: ApiRequest, artifact: Artifact) -> HttpResponse | StreamingHttpResponse:
-    etag = f'"{artifact.sha256}"'
-    headers = {
-        "ETag": etag,
-        "Accept-Ranges": "bytes",
-        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(artifact.name)}",
-        "X-Content-Type-Options": "nosniff",
-    }
-    if _known(request, etag):
-        return not_modified(headers)
-    status, start, end = 200, 0, artifact.size
-    asked = RANGE.fullmatch(request.headers.get("Range", ""))
-    if asked and request.headers.get("If-Range", etag) == etag:
-        start, end = _span(asked, artifact.size)
-        if start >= end:
-            return HttpResponse(status=416, headers={"Content-Range": f"bytes */{artifact.size}"})
-        status = 206
-        headers["Content-Range"] = f"bytes {start}-{end - 1}/{artifact.size}"
-    headers["Content-Length"] = str(end - start)
-    content = request.app.files.read(artifact.key, start, end) if end > start else nothing()
-    return StreamingHttpResponse(content, status=status, content_type=artifact.content_type, headers=headers)
-
-
-def _known(request: ApiRequest, etag: str) -> bool:
+def known(request: ApiRequest, etag: str) -> bool:
     """Whether the client says that it has this version."""
     given = request.headers.get("If-None-Match", "")
     return etag in given or given.strip() == "*"
 
 
-def _span(asked: re.Match[str], size: int) -> tuple[int, int]:
-    """The half-open span that one range asks for; an empty one cannot be met."""
-    if asked["last"]:
-        return max(0, size - int(asked["last"])), size
-    return int(asked["start"]), min(size, int(asked["end"]) + 1) if asked["end"] else size
-
-
-async def _job(request: ApiRequest, job_id: UUID) -> Job:
+async def find_job(request: ApiRequest, job_id: UUID) -> Job:
+    """The tenant's job, for a request without parameters. Raises NotFound."""
     request.only()
     job = await request.app.store.get(job_id, request.auth.tenant_id)
     if job is None:
         raise NotFound(f"There is no job {job_id}.")
     return job
-
-
-async def _artifacts(request: ApiRequest, job_id: UUID) -> list[Artifact]:
-    await _job(request, job_id)
-    return await request.app.store.artifacts(job_id, request.auth.tenant_id)
 
 
 def idempotency_key(request: ApiRequest) -> str | None:
