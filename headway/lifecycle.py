@@ -159,16 +159,18 @@ class Lifecycle:
         A job that was to be cancelled is cancelled.
         """
         released = await self._store.release(claim)
-        if released is None:
+        if not released:
             raise self._lost(claim)
-        event, position = released
-        self._events.publish(event)
-        self._free(_key(claim))
-        metrics.interrupted.labels(claim.kind).inc()
-        if event.terminal:
-            metrics.jobs_finished.labels(claim.kind, event.data["state"]).inc()
-        else:
-            self._queue.wake(claim.job_id, position)
+        self._released(released)
+
+    async def release_unheld(self, worker: str, held: Sequence[tuple[UUID, int]]) -> int:
+        """Give back what a worker has by claims whose answers it never got; how many jobs that were.
+
+        `held` are the jobs and tokens that it knows of. It must not claim meanwhile.
+        """
+        released = await self._store.release_unheld(worker, held)
+        self._released(released)
+        return len(released)
 
     async def wait(self, claim: Claim, progress: Mapping[str, Any]) -> None:
         """Let a job wait for its children without a slot; the attempt does not count. Raises LeaseLost.
@@ -313,6 +315,16 @@ class Lifecycle:
                     self._queue.wake(job_id, position)
             except OUTAGES as error:
                 log.warning("parked jobs were not looked at; a scan does it again", error=repr(error))
+
+    def _released(self, released: Sequence[tuple[str, Event, float, Key | None]]) -> None:
+        for kind, event, position, key in released:
+            self._events.publish(event)
+            metrics.interrupted.labels(kind).inc()
+            self._free(key)
+            if event.terminal:
+                metrics.jobs_finished.labels(kind, event.data["state"]).inc()
+            else:
+                self._queue.wake(event.job_id, position)
 
     def _announce(self, claim: Claim, event: Event | None) -> Event:
         if event is None:

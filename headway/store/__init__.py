@@ -191,10 +191,16 @@ class Store:
         rows = await self.rows(sql.ENDED_BY, ending.claim.job_id, ending.claim.token, ending.state.value)
         return _state_event(rows[0]) if rows else None
 
-    async def release(self, claim: Claim) -> tuple[Event, float] | None:
-        """The event and the job's position in the queue."""
-        rows = await self.rows(sql.RELEASE, claim.job_id, claim.token)
-        return (_state_event(rows[0]), rows[0]["position"]) if rows else None
+    async def release(self, claim: Claim) -> list[tuple[str, Event, float, Key | None]]:
+        """The kind, event, position and concurrency key of the job, if the claim still holds."""
+        return [_given_back(row) for row in await self.rows(sql.RELEASE, claim.job_id, claim.token)]
+
+    async def release_unheld(
+        self, worker: str, held: Sequence[tuple[UUID, int]]
+    ) -> list[tuple[str, Event, float, Key | None]]:
+        """The same of each job that runs under the name of a worker which holds only these jobs and tokens."""
+        ids, tokens = [job_id for job_id, _ in held], [token for _, token in held]
+        return [_given_back(row) for row in await self.rows(sql.RELEASE_UNHELD, worker, ids, tokens)]
 
     async def wait(self, claim: Claim, progress: Mapping[str, Any]) -> Event | None:
         rows = await self.rows(sql.WAIT, claim.job_id, claim.token, progress)
@@ -210,7 +216,7 @@ class Store:
     ) -> list[tuple[str, Event, float, Key | None]]:
         """The kind, event, position and concurrency key of each job that was taken back from a worker that died."""
         rows = await self.rows(sql.RESCUE, most_crashes, error.as_json(), limit)
-        return [(row["kind"], _state_event(row), row["position"], _key(row)) for row in rows]
+        return [_given_back(row) for row in rows]
 
     async def cancel_requested(self, ids: Sequence[UUID]) -> list[tuple[UUID, int]]:
         """Which of these running jobs are to be cancelled, each with the token of its attempt."""
@@ -301,6 +307,10 @@ def _claim(row: asyncpg.Record) -> Claim:
 
 def _key(row: asyncpg.Record) -> Key | None:
     return (row["tenant_id"], row["concurrency_key"]) if row["concurrency_key"] is not None else None
+
+
+def _given_back(row: asyncpg.Record) -> tuple[str, Event, float, Key | None]:
+    return row["kind"], _state_event(row), row["position"], _key(row)
 
 
 def _state_event(row: asyncpg.Record) -> Event:

@@ -309,23 +309,37 @@ WHERE jobs.id = $1 AND jobs.token = $2 AND events.type = 'state' AND events.data
 )
 """
 
-# Give a running job back to the queue without counting the attempt; one that was to be cancelled is cancelled.
-# $1: id, $2: token
-RELEASE = f"""
+
+def _release(which: str) -> str:
+    """Give running jobs back to the queue without counting the attempt; one that was to be cancelled is cancelled."""
+    return f"""
 WITH released AS (
     UPDATE jobs SET
         state = CASE WHEN cancel_requested_at IS NULL THEN 'queued' ELSE 'cancelled' END,
         attempt = CASE WHEN cancel_requested_at IS NULL THEN attempt - 1 ELSE attempt END,
         finished_at = CASE WHEN cancel_requested_at IS NOT NULL THEN now() END,
         interruptions = interruptions + 1, seq = seq + 1, lease_expires_at = NULL, worker = NULL
-    WHERE id = $1 AND token = $2 AND state = 'running'
-    RETURNING id, kind, state, attempt, epoch, seq, position
+    WHERE state = 'running' AND {which}
+    RETURNING id, tenant_id, concurrency_key, kind, state, attempt, epoch, seq, position
+), told AS (
+    INSERT INTO events (job_id, seq, type, data)
+    SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}, 'reason', 'interrupted')
+    FROM released
+    RETURNING job_id, data
 )
-INSERT INTO events (job_id, seq, type, data)
-SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}, 'reason', 'interrupted')
-FROM released
-RETURNING job_id AS id, (SELECT epoch FROM released) AS epoch, seq, data, (SELECT position FROM released) AS position
+SELECT id, tenant_id, concurrency_key, kind, epoch, seq, data, position
+FROM released JOIN told ON told.job_id = released.id
 """
+
+
+# $1: id, $2: token
+RELEASE = _release("id = $1 AND token = $2")
+
+# What a worker has by a claim whose answer it never got. $1: worker, $2: ids that it holds, $3: their tokens
+RELEASE_UNHELD = _release("""worker = $1 AND NOT EXISTS (
+        SELECT FROM unnest($2::uuid[], $3::bigint[]) AS held (id, token)
+        WHERE held.id = jobs.id AND held.token = jobs.token
+    )""")
 
 # Let a running job wait for its children without a slot; one that was to be cancelled is cancelled.
 # $1: id, $2: token, $3: progress

@@ -171,6 +171,7 @@ class HeadwayWorker(Worker):
                 if time.monotonic() >= self._rescue_at:
                     await self._lifecycle.rescue(RESCUED_AT_ONCE)
                     await self._lifecycle.unpark()
+                    await self._release_unheld()
                     self._rescue_at = time.monotonic() + RESCUE_EVERY
                 if time.monotonic() >= self._count_at:
                     await self._count()
@@ -209,6 +210,13 @@ class HeadwayWorker(Worker):
                 self.tasks[_key(claim)] = task
                 task.add_done_callback(partial(self._ended, claim))
             metrics.slots_busy.set(self._performing)
+
+    async def _release_unheld(self) -> None:
+        """Give back jobs that were claimed in this worker's name though the answer was lost."""
+        async with self._claiming:
+            held = [(UUID(job_id), int(token)) for job_id, token in (key.split(":") for key in self.tasks)]
+            if released := await self._lifecycle.release_unheld(self.name, held):
+                log.warning("jobs were given back whose claim was not answered", jobs=released)
 
     def _performed(self) -> None:
         self._performing -= 1

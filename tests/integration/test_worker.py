@@ -170,6 +170,27 @@ async def test_garbage_in_the_queue_does_not_stop_a_worker(engine: Engine, redis
     assert [line["event"] for line in logs].count("not a job id in the queue") == 2
 
 
+async def test_a_claim_whose_answer_was_lost_costs_neither_a_lease_nor_a_crash(engine: Engine) -> None:
+    gate = Gate()
+    async with worker(engine.settings) as app:
+        held = await engine.submit(gate)
+        await until(lambda: gate.now == 1)
+        lost = await engine.submit_kind("test.unknown_elsewhere", 3, delay=3600)
+        # In the worker's name, as by a statement that was committed though the connection broke before the answer came.
+        await engine.database.execute(
+            "UPDATE jobs SET state = 'running', worker = $2, token = 7, attempt = 1, finished_at = NULL, "
+            "lease_expires_at = now() + interval '1 hour' WHERE id = $1",
+            lost,
+            app.worker.name,
+        )
+        job = await engine.ended(lost)
+        gate.open.set()
+        other = await engine.ended(held)
+    assert (job.state, job.attempt, job.crashes) == (JobState.SUCCEEDED, 1, 0)
+    # What the worker knows of went on all the while.
+    assert (gate.runs, other.interruptions) == (1, 0)
+
+
 async def test_slots_are_never_exceeded_and_all_are_used(engine: Engine) -> None:
     gate = Gate()
     async with worker(engine.settings) as app, worker(engine.settings):
