@@ -29,8 +29,14 @@ MIX: tuple[tuple[str, int, tuple[int, int], tuple[int, int]], ...] = (
     ("chaos.steps", 12, (50, 500), (2, 6)),
     ("chaos.artifact", 10, (5, 200), (1, 16)),
     ("chaos.fail", 8, (0, 100), (0, 1)),
+    ("chaos.group", 3, (5, 200), (1, 4)),
     ("chaos.block", 2, (5, 150), (0, 0)),
 )
+# Concurrency keys, each with its limit, and the share of jobs that have one.
+KEYS = {"one": 1, "two": 2, "three": 3}
+KEYED = 0.06
+# The share of submits with an Idempotency-Key; half of them are sent again, and a quarter with another body.
+IDEMPOTENT = 0.15
 # How many jobs in a thousand kill their worker, once or, rarer still, whenever they run.
 CRASHING = 0.5
 
@@ -88,14 +94,29 @@ class Clients:
 
     async def submit(self, kind: str, ms: int) -> str | None:
         """A job for a fault that needs one; its id, if it was accepted."""
-        return await self._submit(0, kind, {"ms": ms, "times": 4}, None)
+        return await self._send(0, {"kind": kind, "input": {"ms": ms, "times": 4}, "tags": [uuid4().hex]})
 
     async def _submit(self, client: int, kind: str, work: Line, timeout: float | None) -> str | None:
-        tag = uuid4().hex
-        body = {"kind": kind, "input": work, "tags": [tag]} | ({"timeout": timeout} if timeout else {})
-        accepted = await self._call(
-            "submit", client, "POST", "/jobs", {"tag": tag, "kind": kind, "timeout": timeout}, json=body
-        )
+        body: Line = {"kind": kind, "input": work, "tags": [uuid4().hex]} | ({"timeout": timeout} if timeout else {})
+        if self._random.random() < KEYED:
+            name, limit = self._random.choice(list(KEYS.items()))
+            body |= {"concurrency_key": name, "concurrency_limit": limit}
+        if self._random.random() >= IDEMPOTENT:
+            return await self._send(client, body)
+        key = uuid4().hex
+        job = await self._send(client, body, key)
+        chance = self._random.random()
+        if chance < 0.5:
+            await asyncio.sleep(self._random.uniform(0, 3))
+            job = await self._send(self._random.randrange(CLIENTS), body, key) or job
+        if chance < 0.25:
+            await self._send(client, body | {"tags": [uuid4().hex]}, key)
+        return job
+
+    async def _send(self, client: int, body: Line, key: str | None = None) -> str | None:
+        asked = {"tag": body["tags"][0], "kind": body["kind"], "timeout": body.get("timeout"), "key": key}
+        headers = {"Idempotency-Key": key} if key else {}
+        accepted = await self._call("submit", client, "POST", "/jobs", asked, json=body, headers=headers)
         return accepted["id"] if accepted else None
 
     def _draw(self) -> tuple[str, Line, float | None]:

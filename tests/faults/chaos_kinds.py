@@ -14,7 +14,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict
 from structlog.contextvars import get_contextvars
 
-from headway import Fatal, JobContext, kind
+from headway import Child, Fatal, JobContext, kind
 from tests.faults.history import Line, Recorder
 
 recorder = Recorder(Path(os.environ["CHAOS_HISTORY"]), f"handlers-{os.getpid()}")
@@ -30,10 +30,11 @@ class Work(BaseModel):
 
 
 class Done(BaseModel):
-    """The run that did it, and the digest of the artifact it wrote."""
+    """The run that did it, the digest of the artifact it wrote, and the ids and states of its children."""
 
     run: str
     sha256: str | None = None
+    children: list[tuple[str, str]] | None = None
 
 
 class Recorded:
@@ -142,6 +143,17 @@ async def block(job: JobContext, input: Work) -> Done:
     async with recorded(job) as run:
         time.sleep(input.ms / 1000)
         return Done(run=run.id)
+
+
+@kind("chaos.group", timeout="1m")
+async def group(job: JobContext, input: Work) -> Done:
+    """Lets `times` children wait `ms` each."""
+    async with recorded(job) as run:
+        # Each that has ended may be shown as progress.
+        run.ending["reports"] += input.times
+        child = Child("chaos.sleep", {"ms": input.ms}, tags=[f"child of {job.id}"])
+        endings = await job.run_children([child] * input.times)
+        return Done(run=run.id, children=[(str(ending.id), ending.state) for ending in endings])
 
 
 @kind("chaos.crash", timeout="1m")

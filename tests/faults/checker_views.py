@@ -45,7 +45,9 @@ def cancels(history: History) -> Iterator[str]:
         elif state not in TERMINAL and job["cancel_requested_at"] is None:
             yield f"job {job['id']}: a cancel was accepted and forgotten"
     for job in history.jobs:
-        if job["state"] == JobState.CANCELLED and job["id"] not in asked:
+        parent = jobs.get(job.get("parent_id"))
+        left = parent is not None and parent["state"] in (JobState.CANCELLED, JobState.FAILED)
+        if job["state"] == JobState.CANCELLED and job["id"] not in asked and not left:
             yield f"job {job['id']} is cancelled, and nobody cancelled it"
 
 

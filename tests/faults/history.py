@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from headway.states import JobState
+
 Line = dict[str, Any]
 Outcome = Literal["ok", "fail", "unknown"]
 
@@ -144,6 +146,21 @@ class History:
     def named(self, name: str) -> list[Operation]:
         """The operations of one name."""
         return [operation for operation in self.operations if operation.name == name]
+
+
+def states(history: History, job: Line) -> list[Line]:
+    """The events by which a job changed its state."""
+    return [event for event in history.events.get(job["id"], ()) if event["kind"] == "state"]
+
+
+def asks(event: Line) -> bool:
+    """Whether the event is the request to cancel a running job: the state stays."""
+    return event["data"]["state"] == JobState.RUNNING and "cancel_requested_at" in event["data"]
+
+
+def claims(event: Line) -> bool:
+    """Whether the event is a claim."""
+    return event["data"]["state"] == JobState.RUNNING and not asks(event)
 
 
 def _operation(begun: Line, ended: Line | None) -> Operation:

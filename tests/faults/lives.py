@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -30,10 +31,14 @@ class Plan:
     cancelled_while_queued: bool = False
     reads: bool = True
     followed: bool = True
+    # Whether it is submitted with an idempotency key, again with the same one, and by another request as well.
+    repeated: bool = False
+    # Whether it has the concurrency key that one job at a time may have.
+    keyed: bool = False
 
 
-def _plan(*, before: list[Claim], final: Claim, queued: bool, acknowledged: bool, reads: bool, followed: bool) -> Plan:
-    return Plan(before if queued else [*before, final], acknowledged, queued, reads, followed)
+def _plan(*, before: list[Claim], final: Claim, queued: bool, **more: bool) -> Plan:
+    return Plan(before if queued else [*before, final], cancelled_while_queued=queued, **more)
 
 
 few = st.integers(0, 2)
@@ -46,6 +51,8 @@ plans = st.lists(
         acknowledged=st.booleans(),
         reads=st.booleans(),
         followed=st.booleans(),
+        repeated=st.booleans(),
+        keyed=st.booleans(),
     ),
     max_size=3,
 )
@@ -57,6 +64,9 @@ FIXED = (
     Plan([Claim(1, 0, 0, "fail")]),
     Plan([], cancelled_while_queued=True),
     Plan([Claim(1, 0, 1, "crash"), Claim(0, 0, 0, "crash"), Claim(0, 0, 0, "crash")]),
+    Plan([Claim(ending="succeed")], repeated=True, keyed=True),
+    Plan([Claim(ending="crash"), Claim(ending="succeed")], keyed=True),
+    Plan([Claim(ending="wait"), Claim(ending="gather")]),
 )
 
 
@@ -67,6 +77,7 @@ class Writer:
         self.lines: list[Line] = []
         self.final: list[Line] = []
         self._jobs = 0
+        self.clock = datetime(2026, 1, 1, tzinfo=UTC)
 
     def write(self, type: str, **fields: Any) -> None:
         self.lines.append({"at": len(self.lines), "type": type, **fields})
@@ -76,27 +87,35 @@ class Writer:
         self.write("invoke", id=key, name=name, client=1, asked=asked)
         self.write(outcome, id=key, answer=answer)
 
-    def live(self, plan: Plan) -> None:
+    def live(self, plan: Plan, parent: str | None = None) -> str:
+        """Write a life; the job's id."""
         self._jobs += 1
-        _Life(self, plan, str(UUID(int=self._jobs)), f"tag-{self._jobs}").write()
+        job = str(UUID(int=self._jobs))
+        _Life(self, plan, job, f"tag-{self._jobs}", parent).write()
+        return job
 
 
 class _Life:
-    def __init__(self, writer: Writer, plan: Plan, job: str, tag: str) -> None:
+    def __init__(self, writer: Writer, plan: Plan, job: str, tag: str, parent: str | None) -> None:
         self.writer = writer
         self.plan = plan
         self.row: Line = {
             **{"id": job, "tags": [tag], "state": "queued", "attempt": 0, "interruptions": 0, "crashes": 0},
             **{"token": 0, "seq": 0, "epoch": 1, "cancel_requested_at": None, "result": None, "error": None},
-            "checkpoint": None,
+            **{"checkpoint": None, "concurrency_key": "one" if plan.keyed else None, "concurrency_limit": 1},
+            "parent_id": parent,
         }
+        self.children: list[list[str]] = []
+        self.key = f"key of {tag}" if plan.repeated else None
         self.runs = 0
         self.shown = 0
 
     def write(self) -> None:
         self.event("state", state="queued", attempt=0)
         outcome = "ok" if self.plan.acknowledged else "unknown"
-        self.writer.call("submit", {"tag": self.row["tags"][0]}, outcome, self.answer() if outcome == "ok" else {})
+        asked = {"tag": self.row["tags"][0], "key": self.key}
+        if self.row["parent_id"] is None:
+            self.writer.call("submit", asked, outcome, self.answer() if outcome == "ok" else {})
         if self.plan.followed:
             self.frame("snapshot", {"state": "queued"})
             self.shown = 1
@@ -107,6 +126,10 @@ class _Life:
             self.move("cancelled", cancel_requested_at="then")
             self.writer.call("cancel", {"job": self.row["id"]}, "ok", self.answer())
         self.read()
+        if self.key is not None:
+            self.writer.call("submit", asked, "ok", self.answer())
+            other = asked | {"tag": f"another than {asked['tag']}"}
+            self.writer.call("submit", other, "fail", {"status": 422})
         if self.plan.followed:
             self.writer.write("frame", socket=f"socket-{self.row['id']}", job=self.row["id"], t="bye", d={})
         self.writer.final.append({"type": "job", **self.row})
@@ -147,6 +170,17 @@ class _Life:
         self.row["attempt"] -= 1
         self.move("queued", reason="interrupted")
 
+    def wait(self, run: str, reports: int) -> None:
+        self.writer.write("end", run=run, outcome="raised", reports=reports)
+        self.row["attempt"] -= 1
+        self.move("scheduled", reason="waits for its children")
+        child = Plan([Claim(ending="succeed")], reads=False, followed=False)
+        self.children = [[self.writer.live(child, self.row["id"]), "succeeded"] for _ in range(2)]
+        self.move("queued")
+
+    def gather(self, run: str, reports: int) -> None:
+        self.succeed(run, reports, children=self.children)
+
     def succeed(self, run: str, reports: int, **result: Any) -> None:
         self.row["result"] = {"run": run, **result}
         self.writer.write("end", run=run, outcome="returned", reports=reports, **result)
@@ -177,6 +211,9 @@ class _Life:
 
     def event(self, kind: str, **data: Any) -> None:
         self.row["seq"] += 1
+        self.writer.clock += timedelta(seconds=1)
+        if kind == "state":
+            data["at"] = self.writer.clock.isoformat()
         if kind != "progress":
             self.writer.final.append(
                 {"type": "event", "job": self.row["id"], "seq": self.row["seq"], "kind": kind, "data": data}

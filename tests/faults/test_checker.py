@@ -87,6 +87,63 @@ def a_run_without_a_submit(lines: list[Line]) -> None:
     of(lines, type="start")[0]["job"] = str(UUID(int=10**6))
 
 
+def submits(lines: list[Line], tag: str) -> list[Line]:
+    """The answers to the submits of this tag."""
+    ids = [line["id"] for line in lines if line["type"] == "invoke" and line["asked"].get("tag") == tag]
+    return [line for line in lines if line["type"] != "invoke" and line.get("id") in ids]
+
+
+@spoils("idempotency")
+def a_repeated_submit_makes_another_job(lines: list[Line]) -> None:
+    lines.append({**row(lines, 6), "id": str(UUID(int=10**6))})
+
+
+@spoils("idempotency")
+def a_key_is_given_to_another_request_too(lines: list[Line]) -> None:
+    lines.append({**row(lines, 6), "id": str(UUID(int=10**6)), "tags": ["another than tag-6"]})
+
+
+@spoils("idempotency")
+def another_request_is_told_that_the_job_is_its_own(lines: list[Line]) -> None:
+    accepted = submits(lines, "tag-6")[-1]
+    submits(lines, "another than tag-6")[0].update(type="ok", answer=accepted["answer"])
+
+
+@spoils("idempotency")
+def a_repeated_submit_is_refused(lines: list[Line]) -> None:
+    submits(lines, "tag-6")[-1].update(type="fail", answer={"status": 422})
+
+
+@spoils("places")
+def two_jobs_of_a_key_run_at_a_time(lines: list[Line]) -> None:
+    state_event(lines, "running", 7)["data"]["at"] = state_event(lines, "running", 6)["data"]["at"]
+
+
+@spoils("places")
+def a_job_begins_while_its_keys_only_place_is_taken(lines: list[Line]) -> None:
+    state_event(lines, "succeeded", 6)["data"]["at"] = state_event(lines, "succeeded", 7)["data"]["at"]
+
+
+@spoils("groups")
+def a_parent_is_woken_before_its_children_have_ended(lines: list[Line]) -> None:
+    state_event(lines, "succeeded", 9)["data"]["at"] = state_event(lines, "succeeded", 8)["data"]["at"]
+
+
+@spoils("groups")
+def the_ending_of_a_child_is_missing(lines: list[Line]) -> None:
+    row(lines, 8)["result"]["children"].pop()
+
+
+@spoils("groups")
+def a_child_is_submitted_twice(lines: list[Line]) -> None:
+    lines.append({**row(lines, 9), "id": str(UUID(int=10**6))})
+
+
+@spoils("groups")
+def a_child_outlives_its_parents_row(lines: list[Line]) -> None:
+    row(lines, 9)["parent_id"] = str(UUID(int=10**6))
+
+
 @spoils("transitions")
 def two_terminal_events(lines: list[Line]) -> None:
     ending = state_event(lines, "succeeded")
