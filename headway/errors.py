@@ -15,7 +15,8 @@ HeadwayError
 │   │   ├── KeyReused          422 idempotency-key-reused
 │   │   └── InvalidInput       422 invalid-input
 │   ├── Internal               500 internal
-│   └── Unavailable            503 unavailable
+│   ├── Unavailable            503 unavailable
+│   └── NoStorage              507 no-storage
 ├── JobError                   a job's `error`, shown to its owner
 │   ├── Fatal                  fatal          raised by handlers: this input can never succeed
 │   ├── Retry                  retry          raised by handlers: try again after so many seconds
@@ -153,6 +154,12 @@ class Unavailable(Problem):
         super().__init__(detail, headers={"Retry-After": str(retry_after)})
 
 
+class NoStorage(Problem):
+    """A file cannot be kept: its place is full, read-only or away. Nothing of it is left; ask the operator."""
+
+    status, slug, title = 507, "no-storage", "The file cannot be kept"
+
+
 class JobError(HeadwayError):
     """Why an attempt failed, kept as the job's `error`: `{"type": …, "message": …}`."""
 
@@ -221,5 +228,6 @@ PROBLEMS: tuple[type[Problem], ...] = (
     InvalidInput,
     Internal,
     Unavailable,
+    NoStorage,
 )
 JOB_ERRORS: tuple[type[JobError], ...] = (Fatal, Retry, InputRefused, TimedOut, HandlerFailed, ChildDied, Crashed)

@@ -13,14 +13,18 @@ from urllib.parse import unquote, urlsplit
 from uuid import UUID
 
 import obstore
+import structlog
+from obstore.exceptions import BaseError
 from obstore.store import LocalStore
 
-from headway.errors import InvalidSettings, NotFound, TooLarge
+from headway.errors import InvalidSettings, NoStorage, NotFound, TooLarge
 
 if TYPE_CHECKING:
     from obstore import GetOptions
 
 CHUNK = 1 << 20
+
+log = structlog.get_logger(__name__)
 
 
 def file_key(tenant_id: UUID, file_id: UUID) -> str:
@@ -66,7 +70,8 @@ class Files:
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> Stored:
         """Write `chunks` under `key`; it exists only once all are written.
 
-        Raises TooLarge past the limit; whatever `chunks` raises passes through. Either way nothing is left behind.
+        Raises TooLarge past the limit and NoStorage if the place of files takes no more; whatever `chunks` raises
+        passes through. In each case nothing is left behind.
         """
         async with self.writer(key) as out:
             async for chunk in chunks:
@@ -76,7 +81,10 @@ class Files:
 
     @asynccontextmanager
     async def writer(self, key: str) -> AsyncIterator["Writer"]:
-        """Write piece by piece; `stored` is set once the block ends. An exception in it leaves nothing behind."""
+        """Write piece by piece; `stored` is set once the block ends. An exception in it leaves nothing behind.
+
+        Raises NoStorage if the place of files takes no more.
+        """
         out = Writer(self._max_size)
         writing = asyncio.ensure_future(obstore.put_async(self._store, key, out.chunks(), chunk_size=CHUNK))
         out.writing = writing
@@ -84,12 +92,15 @@ class Files:
             yield out
             await out.end()
             await asyncio.shield(writing)
-        except BaseException:
+        except BaseException as error:
             # The store is told to stop by an exception: to cancel it would leave its half of the work running.
             out.abort()
             await asyncio.wait({writing})
-            if not writing.cancelled() and writing.exception() is None:
+            failure = None if writing.cancelled() else writing.exception()
+            if not writing.cancelled() and failure is None:
                 await self.delete([key])
+            if failure is error and isinstance(error, BaseError):
+                raise _no_storage(error) from error
             raise
         out.stored = out.so_far()
 
@@ -110,11 +121,17 @@ class Files:
             yield bytes(piece)
 
     async def save(self, key: str, data: bytes) -> None:
-        """Write `data` under `key`; it outlasts a loss of power once this returns. Raises TooLarge past the limit."""
+        """Write `data` under `key`; it outlasts a loss of power once this returns.
+
+        Raises TooLarge past the limit, and NoStorage.
+        """
         if len(data) > self._max_size:
             raise TooLarge(f"{len(data):,} bytes are over the limit of {self._max_size:,}; keep them in smaller parts.")
-        await obstore.put_async(self._store, key, data, use_multipart=False)
-        await asyncio.to_thread(self._sync, key)
+        try:
+            await obstore.put_async(self._store, key, data, use_multipart=False)
+            await asyncio.to_thread(self._sync, key)
+        except (BaseError, OSError) as error:
+            raise _no_storage(error) from error
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Forget what is kept under `keys`; those that do not exist are passed over."""
@@ -159,6 +176,12 @@ class Files:
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self._folder).as_posix()
+
+
+def _no_storage(error: Exception) -> NoStorage:
+    # What the store says has paths in it, which are the operator's alone.
+    log.error("a file was not kept", error=repr(error))
+    return NoStorage("The file could not be kept; ask the operator to look whether the place of files has room.")
 
 
 def _empty(folder: Path, files: Sequence[Path]) -> None:

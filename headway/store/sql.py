@@ -273,7 +273,7 @@ WITH r AS (
 ), finished AS (
     UPDATE jobs SET
         state = r.state, result = r.result, error = r.error, progress = coalesce(r.progress, jobs.progress),
-        seq = seq + 1, lease_expires_at = NULL, worker = NULL,
+        seq = seq + 1, lease_expires_at = NULL, worker = NULL, concurrency_place = NULL,
         run_at = CASE WHEN r.state = 'scheduled' THEN now() + r.delay * interval '1 second' ELSE jobs.run_at END,
         finished_at = CASE WHEN r.state <> 'scheduled' THEN now() END
     FROM held, r WHERE jobs.id = held.id AND r.id = held.id AND r.token = jobs.token
@@ -318,7 +318,8 @@ WITH released AS (
         state = CASE WHEN cancel_requested_at IS NULL THEN 'queued' ELSE 'cancelled' END,
         attempt = CASE WHEN cancel_requested_at IS NULL THEN attempt - 1 ELSE attempt END,
         finished_at = CASE WHEN cancel_requested_at IS NOT NULL THEN now() END,
-        interruptions = interruptions + 1, seq = seq + 1, lease_expires_at = NULL, worker = NULL
+        interruptions = interruptions + 1, seq = seq + 1,
+        lease_expires_at = NULL, worker = NULL, concurrency_place = NULL
     WHERE state = 'running' AND {which}
     RETURNING id, tenant_id, concurrency_key, kind, state, attempt, epoch, seq, position
 ), told AS (
@@ -349,7 +350,8 @@ WITH waiting AS (
         state = CASE WHEN cancel_requested_at IS NULL THEN 'scheduled' ELSE 'cancelled' END,
         attempt = CASE WHEN cancel_requested_at IS NULL THEN attempt - 1 ELSE attempt END,
         finished_at = CASE WHEN cancel_requested_at IS NOT NULL THEN now() END,
-        run_at = NULL, progress = $3::jsonb, seq = seq + 1, lease_expires_at = NULL, worker = NULL
+        run_at = NULL, progress = $3::jsonb, seq = seq + 1,
+        lease_expires_at = NULL, worker = NULL, concurrency_place = NULL
     WHERE id = $1 AND token = $2 AND state = 'running'
     RETURNING id, state, attempt, progress, epoch, seq
 )
@@ -390,7 +392,8 @@ WITH dead AS (
         error = CASE WHEN hopeless AND NOT unwanted THEN $2::jsonb END,
         finished_at = CASE WHEN hopeless OR unwanted THEN now() END,
         attempt = CASE WHEN hopeless OR unwanted THEN attempt ELSE attempt - 1 END,
-        crashes = crashes + 1, token = token + 1, seq = seq + 1, lease_expires_at = NULL, worker = NULL
+        crashes = crashes + 1, token = token + 1, seq = seq + 1,
+        lease_expires_at = NULL, worker = NULL, concurrency_place = NULL
     FROM dead WHERE jobs.id = dead.id
     RETURNING jobs.id, tenant_id, concurrency_key, kind, state, attempt, error, epoch, seq, token, position,
         dead.worker AS died

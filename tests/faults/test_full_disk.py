@@ -52,7 +52,7 @@ async def test_an_artifact_that_the_disk_does_not_take_fails_its_attempt_alone(e
     assert job.state == JobState.SUCCEEDED
     assert job.attempt == job.result > 2
     for failure in await engine.store.failures(job_id, engine.tenant.id):
-        assert "File too large" in failure["error"]["message"]
+        assert failure["error"]["message"].startswith("NoStorage: The file could not be kept")
     [artifact] = await engine.store.artifacts(job_id, engine.tenant.id)
     assert [path.relative_to(engine.settings.home / "files").as_posix() for path in kept(engine)] == [artifact.key]
 
@@ -64,7 +64,7 @@ async def test_an_upload_that_the_disk_does_not_take_is_refused_and_leaves_nothi
     body = b"x" * (PIECES << 20)
     with full(web):
         answer = await http.post("/files", content=body)
-        assert answer.status_code >= 500
+        assert (answer.status_code, answer.json()["type"]) == (507, "urn:headway:problem:no-storage")
         assert answer.headers["Content-Type"] == "application/problem+json"
         assert kept(engine) == []
         assert (await http.post("/files", content=b"small")).status_code == 201
