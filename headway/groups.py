@@ -11,9 +11,10 @@ from uuid import UUID
 
 from headway.errors import Fatal
 from headway.job import Child, ChildEnding, Claim, Progress
-from headway.lifecycle import Lifecycle, NewJob
+from headway.lifecycle import Lifecycle
 from headway.store import Store
 from headway.store.groups import GroupStore
+from headway.submission import NewJob
 
 MOST_CHILDREN = 10_000
 # Children may have children, but a kind that submits itself must come to an end.

@@ -5,26 +5,23 @@ job names the attempt's token; if it matches no row the attempt is over, and Lea
 """
 
 import asyncio
-import hashlib
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import structlog
-from uuid_utils.compat import uuid7
 
 from headway import metrics
 from headway.errors import Conflict, Crashed, KeyReused, LeaseLost, NotFound
 from headway.events import Events
-from headway.job import Claim, Ending, Event, Job, Priority
+from headway.job import Claim, Ending, Event, Job
 from headway.queue import Queue
 from headway.states import JobState
 from headway.store import OUTAGES, REFUSALS, Key, Store
 from headway.store.batch import Batch
+from headway.submission import NewJob, again
 
 LEASE = timedelta(seconds=15)
 MOST_CRASHES = 3
@@ -34,39 +31,8 @@ SUBMIT_PAUSE = 0.3
 MESSAGE = 2000
 # Concurrency keys that one statement looks at.
 MOST_KEYS = 500
-# What a client says of a job, but for its concurrency key.
-ASKED = ("kind", "input", "tags", "priority", "timeout", "max_attempts", "run_at", "delay")
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class NewJob:
-    """What a client asks for, already checked. `run_at` is RFC 3339, `delay` and `timeout` are seconds."""
-
-    tenant_id: UUID
-    kind: str
-    input: Any
-    tags: Sequence[str]
-    priority: Priority
-    timeout: float
-    max_attempts: int
-    run_at: str | None = None
-    delay: float | None = None
-    concurrency_key: str | None = None
-    concurrency_limit: int = 1
-    parent_id: UUID | None = None
-    depth: int = 0
-    retry_of: UUID | None = None
-    idempotency_key: str | None = None
-
-    def digest(self) -> str:
-        """What tells this request from another one that comes with the same idempotency key."""
-        asked = {name: getattr(self, name) for name in ASKED}
-        if self.concurrency_key is not None:
-            # Apart from the others, so that the digests of requests made before there were such keys still hold.
-            asked |= {"concurrency_key": self.concurrency_key, "concurrency_limit": self.concurrency_limit}
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def kept(text: str) -> str:
@@ -98,7 +64,7 @@ class Lifecycle:
 
         Raises KeyReused if the idempotency key belongs to another request.
         """
-        record = _record(new)
+        record = new.as_record()
         job, first = await self._submit(record)
         if first is not None and first != record["digest"]:
             raise KeyReused("This Idempotency-Key came with another request before; use a new key for a new job.")
@@ -189,7 +155,7 @@ class Lifecycle:
 
     async def submit_all(self, jobs: Sequence[NewJob]) -> None:
         """Accept jobs in one statement; those whose idempotency keys are taken are there already."""
-        await self._submit_all([_record(new) for new in jobs])
+        await self._submit_all([new.as_record() for new in jobs])
 
     async def rescue(self, limit: int) -> int:
         """Take back jobs of workers that died; how many there were."""
@@ -230,11 +196,11 @@ class Lifecycle:
             raise Conflict(
                 f"The job is {job.state.value}; it can be retried once it has ended. Cancel it to end it now."
             )
-        return await self.submit(_again(job))
+        return await self.submit(again(job))
 
     async def retry_many(self, jobs: Sequence[Job]) -> int:
         """Retry ended jobs; how many were not retried before."""
-        written = await self._submit_all([_record(_again(job)) for job in jobs])
+        written = await self._submit_all([again(job).as_record() for job in jobs])
         return sum(first is None for _, first in written)
 
     async def unpark(self) -> None:
@@ -335,46 +301,6 @@ class Lifecycle:
     def _lost(self, claim: Claim) -> LeaseLost:
         metrics.lease_lost.inc()
         return LeaseLost(f"Attempt {claim.attempt} of job {claim.job_id} is over; another worker may have it.")
-
-
-def _record(new: NewJob) -> dict[str, Any]:
-    """A new job as the store takes it."""
-    return {
-        "id": str(uuid7()),
-        "tenant_id": str(new.tenant_id),
-        "kind": new.kind,
-        "input": new.input,
-        "tags": list(new.tags),
-        "priority": new.priority.value,
-        "timeout": new.timeout,
-        "max_attempts": new.max_attempts,
-        "run_at": new.run_at,
-        "delay": new.delay,
-        "concurrency_key": new.concurrency_key,
-        "concurrency_limit": new.concurrency_limit,
-        "parent_id": str(new.parent_id) if new.parent_id else None,
-        "depth": new.depth,
-        "retry_of": str(new.retry_of) if new.retry_of else None,
-        "idempotency_key": new.idempotency_key,
-        "digest": new.digest() if new.idempotency_key else None,
-    }
-
-
-def _again(job: Job) -> NewJob:
-    """The job anew. No client can send a key with a space, and each job has one of its own to be retried by."""
-    return NewJob(
-        job.tenant_id,
-        job.kind,
-        job.input,
-        job.tags,
-        job.priority,
-        job.timeout,
-        job.max_attempts,
-        concurrency_key=job.concurrency_key,
-        concurrency_limit=job.concurrency_limit,
-        retry_of=job.id,
-        idempotency_key=f"retry {job.id}",
-    )
 
 
 def _key(job: Job | Claim) -> Key | None:

@@ -21,9 +21,10 @@ from uuid_utils.compat import uuid7
 from headway import metrics
 from headway.errors import Conflict, InvalidRequest, KeyReused, NotFound
 from headway.job import Job, timestamp
-from headway.lifecycle import Lifecycle, NewJob
+from headway.lifecycle import Lifecycle
 from headway.store import OUTAGES, Store
 from headway.store.schedules import CatchUp, Schedule, ScheduleStore
+from headway.submission import NewJob
 
 MOST_SCHEDULES = 1000
 # A slot that is not submitted within this was missed. Slots are minutes apart, so one at most is due and not missed.

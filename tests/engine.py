@@ -22,10 +22,11 @@ from headway.embedded import Embedded
 from headway.events import Events, Layer, group
 from headway.files import Files
 from headway.job import Claim, Event, Job, Priority
-from headway.lifecycle import LEASE, Lifecycle, NewJob
+from headway.lifecycle import LEASE, Lifecycle
 from headway.queue import Queue, connect
 from headway.settings import Settings
 from headway.store import Store, prepare
+from headway.submission import NewJob
 from services.worker.app import App
 from tests.conftest import TEMPLATE, Tenant, make_tenant, until
 from tests.faults.proxy import Proxy

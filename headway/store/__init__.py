@@ -1,4 +1,4 @@
-"""Postgres, where everything is remembered. SQL is in `sql.py`; here it meets records.
+"""Postgres, where everything is remembered. SQL is in `sql.py` and `reads.py`; here it meets records.
 
 Only `headway.lifecycle` calls what changes a job.
 """
@@ -18,7 +18,7 @@ from headway import metrics
 from headway.errors import JobError
 from headway.job import Artifact, Claim, Ending, Event, File, Job, Priority, timestamp
 from headway.states import JobState
-from headway.store import sql
+from headway.store import reads, sql
 
 # What a broken, absent or overloaded Postgres looks like. A statement that met one of these may or may not have run.
 OUTAGES: tuple[type[BaseException], ...] = (
@@ -227,7 +227,7 @@ class Store:
         return [(_job(row), _state_event(row)) for row in await self.rows(sql.CANCEL, ids, tenant_id)]
 
     async def get(self, job_id: UUID, tenant_id: UUID) -> Job | None:
-        rows = await self.rows(sql.GET, job_id, tenant_id)
+        rows = await self.rows(reads.GET, job_id, tenant_id)
         return _job(rows[0]) if rows else None
 
     async def list_jobs(
@@ -241,52 +241,52 @@ class Store:
         parent: UUID | None = None,
         limit: int,
     ) -> list[Job]:
-        rows = await self.rows(sql.LIST, tenant_id, before, state.value if state else None, kind, tag, parent, limit)
+        rows = await self.rows(reads.LIST, tenant_id, before, state.value if state else None, kind, tag, parent, limit)
         return [_job(row) for row in rows]
 
     async def events(self, job_id: UUID, tenant_id: UUID, *, after: int, limit: int) -> list[Event]:
-        rows = await self.rows(sql.EVENTS, job_id, tenant_id, after, limit)
+        rows = await self.rows(reads.EVENTS, job_id, tenant_id, after, limit)
         return [Event(row["id"], row["epoch"], row["seq"], row["type"], row["data"]) for row in rows]
 
     async def artifacts(self, job_id: UUID, tenant_id: UUID) -> list[Artifact]:
-        return [Artifact(**row) for row in await self.rows(sql.ARTIFACTS, job_id, tenant_id)]
+        return [Artifact(**row) for row in await self.rows(reads.ARTIFACTS, job_id, tenant_id)]
 
     async def failures(self, job_id: UUID, tenant_id: UUID) -> list[dict[str, Any]]:
         """Why attempts failed, oldest first."""
         return [
             {"attempt": row["attempt"], "at": timestamp(row["at"]), "error": row["error"]}
-            for row in await self.rows(sql.FAILURES, job_id, tenant_id)
+            for row in await self.rows(reads.FAILURES, job_id, tenant_id)
         ]
 
     async def add_file(self, file: File) -> File:
         rows = await self.rows(
-            sql.ADD_FILE, file.id, file.tenant_id, file.name, file.content_type, file.size, file.sha256
+            reads.ADD_FILE, file.id, file.tenant_id, file.name, file.content_type, file.size, file.sha256
         )
         return File(**rows[0])
 
     async def get_file(self, file_id: UUID, tenant_id: UUID) -> File | None:
-        rows = await self.rows(sql.GET_FILE, file_id, tenant_id)
+        rows = await self.rows(reads.GET_FILE, file_id, tenant_id)
         return File(**rows[0]) if rows else None
 
     async def get_key(self, key_id: str) -> tuple[UUID, bytes] | None:
         """The tenant and the digest of a live key."""
-        rows = await self.rows(sql.GET_KEY, key_id)
+        rows = await self.rows(reads.GET_KEY, key_id)
         return (rows[0]["tenant_id"], rows[0]["digest"]) if rows else None
 
     async def announce_kinds(self, kinds: Sequence[Mapping[str, Any]]) -> None:
-        await self.rows(sql.ANNOUNCE_KINDS, kinds)
+        await self.rows(reads.ANNOUNCE_KINDS, kinds)
 
     async def kinds(self) -> list[dict[str, Any]]:
-        return [dict(row) for row in await self.rows(sql.KINDS)]
+        return [dict(row) for row in await self.rows(reads.KINDS)]
 
     async def open_jobs(self) -> tuple[dict[str, int], float]:
         """How many jobs are open, by state, and the age of the oldest that is queued."""
-        rows = await self.rows(sql.OPEN)
+        rows = await self.rows(reads.OPEN)
         return {row["state"]: row["jobs"] for row in rows}, max((row["oldest"] for row in rows), default=0.0)
 
     async def ready_check(self) -> bool:
         """Whether Postgres takes writes and the schema is there."""
-        return bool((await self.rows(sql.READY_CHECK))[0][0])
+        return bool((await self.rows(reads.READY_CHECK))[0][0])
 
 
 def _job(row: asyncpg.Record) -> Job:

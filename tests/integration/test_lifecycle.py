@@ -15,9 +15,10 @@ from headway import metrics
 from headway.embedded import Embedded
 from headway.errors import Crashed, Fatal, LeaseLost, NotFound
 from headway.job import Artifact, Claim, Ending, Event, Priority
-from headway.lifecycle import LEASE, MOST_CRASHES, NewJob
+from headway.lifecycle import LEASE, MOST_CRASHES
 from headway.states import TERMINAL, TRANSITIONS, JobState
 from headway.store import OUTAGES, REFUSALS, Store, sql
+from headway.submission import NewJob
 from services.worker.lease import LeaseKeeper
 from tests.conftest import make_tenant, until
 from tests.engine import Engine, behind_proxy, counted, parts

@@ -15,7 +15,7 @@ from psycopg.types.json import Json
 from uuid_utils.compat import uuid7
 
 from headway.embedded import Embedded
-from headway.store import groups, sql
+from headway.store import groups, reads, sql
 from tests.engine import Engine
 from tests.engine import engine as make_engine
 
@@ -154,7 +154,7 @@ async def test_groups(engine: Engine, planning: psycopg.Connection) -> None:
     explain(planning, sql.WAKE, 1000)
     explain(planning, groups.ORPHANS, 500)
     explain(planning, groups.CHILDREN, engine.tenant.id, [key] * 100)
-    explain(planning, sql.LIST, engine.tenant.id, None, None, None, None, parent, 51)
+    explain(planning, reads.LIST, engine.tenant.id, None, None, None, None, parent, 51)
 
 
 async def test_rescue(engine: Engine, planning: psycopg.Connection) -> None:
@@ -166,7 +166,7 @@ async def test_cancel_requested(engine: Engine, planning: psycopg.Connection) ->
 
 
 async def test_open(engine: Engine, planning: psycopg.Connection) -> None:
-    explain(planning, sql.OPEN)
+    explain(planning, reads.OPEN)
 
 
 async def test_report_renew_and_finish(engine: Engine, planning: psycopg.Connection) -> None:
@@ -197,4 +197,4 @@ async def test_list(
 ) -> None:
     middle = await engine.database.fetchval("SELECT id FROM jobs ORDER BY id OFFSET 50000 LIMIT 1")
     for before in (None, middle):
-        explain(planning, sql.LIST, engine.tenant.id, before, state, kind, tag, None, 51)
+        explain(planning, reads.LIST, engine.tenant.id, before, state, kind, tag, None, 51)

@@ -13,8 +13,8 @@ from pydantic import AwareDatetime, ConfigDict, model_validator
 
 from headway.errors import BadRequest, NotFound
 from headway.job import Job, Priority, timestamp
-from headway.lifecycle import NewJob
 from headway.states import JobState
+from headway.submission import NewJob
 from services.web.api.answers import answer, not_modified
 from services.web.api.request import ApiRequest
 

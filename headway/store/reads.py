@@ -1,0 +1,84 @@
+"""The SQL of the store that changes no job: what clients and operators ask for, files, keys and kinds. Named."""
+
+from headway.store.sql import FORM, JOB
+
+# One job of a tenant. $1: id, $2: tenant
+GET = f"SELECT {JOB} FROM jobs WHERE id = $1 AND tenant_id = $2"
+
+# The newest jobs of a tenant, before a cursor.
+# $1: tenant, $2: before id, $3: state, $4: kind, $5: tag, $6: parent, $7: how many
+# With the values known, what is NULL falls away and an index of its own serves each filter.
+LIST = f"""
+SELECT {JOB} FROM jobs
+WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2) AND ($3::text IS NULL OR state = $3)
+    AND ($4::text IS NULL OR kind = $4) AND ($5::text IS NULL OR (tags @> ARRAY[$5] AND tags <> '{{}}'))
+    AND ($6::uuid IS NULL OR parent_id = $6)
+ORDER BY id DESC LIMIT $7
+"""
+
+# The durable events of a job after a seq. $1: job, $2: tenant, $3: after seq, $4: how many
+EVENTS = """
+SELECT jobs.id, jobs.epoch, events.seq, events.type, events.data
+FROM events JOIN jobs ON jobs.id = events.job_id
+WHERE jobs.id = $1 AND jobs.tenant_id = $2 AND events.seq > $3 ORDER BY events.seq LIMIT $4
+"""
+
+# The artifacts of a job, by name. $1: job, $2: tenant
+ARTIFACTS = """
+SELECT a.name, a.content_type, a.size, a.sha256, a.key
+FROM artifacts a JOIN jobs ON jobs.id = a.job_id
+WHERE a.job_id = $1 AND jobs.tenant_id = $2 ORDER BY a.name
+"""
+
+# Why the attempts of a job failed, oldest first. $1: job, $2: tenant
+FAILURES = """
+SELECT f.attempt, f.at, f.error FROM failures f JOIN jobs ON jobs.id = f.job_id
+WHERE f.job_id = $1 AND jobs.tenant_id = $2 ORDER BY f.token
+"""
+
+# $1: id, $2: tenant, $3: name, $4: content type, $5: size, $6: sha256
+ADD_FILE = """
+INSERT INTO files (id, tenant_id, name, content_type, size, sha256) VALUES ($1, $2, $3, $4, $5, $6)
+RETURNING id, tenant_id, name, content_type, size, sha256, created_at
+"""
+
+# $1: id, $2: tenant
+GET_FILE = """
+SELECT id, tenant_id, name, content_type, size, sha256, created_at FROM files WHERE id = $1 AND tenant_id = $2
+"""
+
+# The tenant and the digest of a key that is neither revoked nor expired. $1: id
+GET_KEY = """
+SELECT tenant_id, digest FROM api_keys
+WHERE id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+"""
+
+# Tell everyone which kinds a worker runs. $1: [{name, description, timeout, max_attempts, input_schema, result_schema}]
+ANNOUNCE_KINDS = """
+INSERT INTO kinds (name, description, timeout, max_attempts, input_schema, result_schema, announced_at)
+SELECT name, description, timeout, max_attempts, input_schema, result_schema, now()
+FROM jsonb_to_recordset($1::jsonb)
+    AS r (name text, description text, timeout float8, max_attempts int, input_schema jsonb, result_schema jsonb)
+ON CONFLICT (name) DO UPDATE SET
+    description = excluded.description, timeout = excluded.timeout, max_attempts = excluded.max_attempts,
+    input_schema = excluded.input_schema, result_schema = excluded.result_schema, announced_at = excluded.announced_at
+"""
+
+KINDS = f"""
+SELECT name, description, timeout, max_attempts, input_schema, result_schema,
+    to_char(paused_at AT TIME ZONE 'UTC', {FORM}) AS paused_at
+FROM kinds ORDER BY name
+"""
+
+# Open jobs by state, and the age in seconds of the queued one that has been due longest.
+OPEN = """
+SELECT 'scheduled' AS state, count(*) AS jobs, 0::float8 AS oldest FROM jobs WHERE state = 'scheduled'
+UNION ALL
+SELECT 'queued', count(*), coalesce(extract(epoch FROM now() - min(coalesce(run_at, created_at))), 0)::float8
+FROM jobs WHERE state = 'queued'
+UNION ALL
+SELECT 'running', count(*), 0 FROM jobs WHERE state = 'running'
+"""
+
+# Whether the schema is there and the server takes writes.
+READY_CHECK = "SELECT NOT pg_is_in_recovery() AND to_regclass('jobs') IS NOT NULL"
