@@ -16,7 +16,7 @@ run: $(VENV)/run.stamp ## Start everything here, without Docker; HEADWAY_PORT (8
 	@$(BIN)/python -m services.run
 
 test: $(VENV)/dev.stamp ## Run the tests on servers of their own; ARGS="-k csv" chooses some
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 check: $(VENV)/dev.stamp ## Check style, types, import contracts, migrations, manifests and the docs
 	$(BIN)/ruff check .

@@ -96,6 +96,8 @@ def refusals(source: str, table: str) -> Iterator[None]:
         asyncpg.AdminShutdownError,
         asyncpg.CrashShutdownError,
         asyncpg.InterfaceError,
+        # A statement that is begun between Postgres' last word on a connection and its end.
+        asyncpg.InternalClientError,
     ) as error:
         raise ConnectionError(f"The source {source!r} closed the connection during the import.") from error
 
