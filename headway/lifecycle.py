@@ -107,17 +107,20 @@ class Lifecycle:
         if not await self._store.save_checkpoint(claim, value):
             raise self._lost(claim)
 
-    async def finish(self, ending: Ending) -> None:
+    async def finish(self, ending: Ending) -> JobState:
         """End the attempt: state, result, error and artifacts become visible together. Raises LeaseLost.
 
-        With state `scheduled` the job is run again after `delay` seconds.
-        After an outage it may be called again: an ending that was written, though the answer was lost, stands.
+        With state `scheduled` the job is run again after `delay` seconds, unless it was to be cancelled; the answer is
+        the state that it came to. After an outage it may be called again: an ending that was written, though the answer
+        was lost, stands.
         """
-        if await self._finish(ending) is None:
+        event = await self._finish(ending)
+        if event is None:
             event = await self._store.ended_by(ending)
             if event is None:
                 raise self._lost(ending.claim)
             self._ended(ending, event)
+        return JobState(event.data["state"])
 
     async def release(self, claim: Claim) -> None:
         """Give a job back that was interrupted; the attempt does not count. Raises LeaseLost.
@@ -253,8 +256,8 @@ class Lifecycle:
         return written
 
     def _ended(self, ending: Ending, event: Event) -> None:
-        if ending.state.terminal:
-            metrics.jobs_finished.labels(ending.claim.kind, ending.state.value).inc()
+        if event.terminal:
+            metrics.jobs_finished.labels(ending.claim.kind, event.data["state"]).inc()
         else:
             metrics.retried.labels(ending.claim.kind).inc()
         self._free(_key(ending.claim))

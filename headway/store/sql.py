@@ -182,6 +182,7 @@ WITH k AS (
     SELECT q.id FROM k CROSS JOIN LATERAL (
         SELECT id, parked, concurrency_limit, row_number() OVER (ORDER BY position, id) AS turn FROM jobs
         WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued'
+            AND kind <> ALL (ARRAY(SELECT name FROM kinds WHERE paused_at IS NOT NULL))
         ORDER BY position, id LIMIT k.places
     ) q WHERE q.parked AND q.turn <= q.concurrency_limit - k.running
 ), held AS (
@@ -258,7 +259,8 @@ UPDATE jobs SET checkpoint = $3::jsonb WHERE id = $1 AND token = $2 AND state = 
 """
 
 # End attempts, each with its event: for good with their artifacts, or, if they failed and `delay` is given, until they
-# are due again. Result, error and artifacts become visible together; `failure` is kept for each attempt.
+# are due again, unless the job is to be cancelled. Result, error and artifacts become visible together; `failure` is
+# kept for each attempt.
 # $1: [{id, token, state, result, error, failure, delay, progress, artifacts}]; an artifact is
 # {name, content_type, size, sha256, key}
 FINISH = f"""
@@ -268,14 +270,19 @@ WITH r AS (
         artifacts jsonb
     )
 ), held AS (
-    SELECT jobs.id FROM jobs JOIN r ON r.id = jobs.id AND r.token = jobs.token
+    SELECT jobs.id, r.state = 'scheduled' AND jobs.cancel_requested_at IS NOT NULL AS unwanted
+    FROM jobs JOIN r ON r.id = jobs.id AND r.token = jobs.token
     WHERE jobs.state = 'running' ORDER BY jobs.id FOR NO KEY UPDATE OF jobs
 ), finished AS (
     UPDATE jobs SET
-        state = r.state, result = r.result, error = r.error, progress = coalesce(r.progress, jobs.progress),
+        state = CASE WHEN unwanted THEN 'cancelled' ELSE r.state END,
+        result = r.result, error = CASE WHEN unwanted THEN NULL ELSE r.error END,
+        progress = coalesce(r.progress, jobs.progress),
         seq = seq + 1, lease_expires_at = NULL, worker = NULL, concurrency_place = NULL,
-        run_at = CASE WHEN r.state = 'scheduled' THEN now() + r.delay * interval '1 second' ELSE jobs.run_at END,
-        finished_at = CASE WHEN r.state <> 'scheduled' THEN now() END
+        run_at = CASE
+            WHEN r.state = 'scheduled' AND NOT unwanted THEN now() + r.delay * interval '1 second' ELSE jobs.run_at
+        END,
+        finished_at = CASE WHEN r.state <> 'scheduled' OR unwanted THEN now() END
     FROM held, r WHERE jobs.id = held.id AND r.id = held.id AND r.token = jobs.token
     RETURNING jobs.id, jobs.token, jobs.kind, jobs.state, jobs.attempt, jobs.result, jobs.error, jobs.progress,
         jobs.run_at, jobs.epoch, jobs.seq, r.failure
@@ -304,9 +311,10 @@ SELECT id, token, epoch, seq, data FROM finished JOIN told ON told.job_id = fini
 ENDED_BY = """
 SELECT jobs.id, jobs.epoch, events.seq, events.data
 FROM jobs JOIN events ON events.job_id = jobs.id
-WHERE jobs.id = $1 AND jobs.token = $2 AND events.type = 'state' AND events.data ->> 'state' = $3 AND events.seq > (
+WHERE jobs.id = $1 AND jobs.token = $2 AND events.type = 'state' AND events.seq > (
     SELECT max(seq) FROM events WHERE job_id = $1 AND type = 'state' AND data ->> 'state' = 'running'
-)
+) AND (events.data ->> 'state' = $3 OR $3 = 'scheduled' AND events.data ->> 'state' = 'cancelled')
+ORDER BY events.seq LIMIT 1
 """
 
 

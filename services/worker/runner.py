@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import structlog
@@ -22,6 +22,8 @@ from services.worker.handling import Failed, as_job_error, handle, innermost, te
 
 # How long a handler that was interrupted may take to clean up before it is left to itself.
 GRACE = 10.0
+
+T = TypeVar("T")
 
 log = structlog.get_logger(__name__)
 
@@ -210,17 +212,17 @@ class Runner:
             artifacts=artifacts if keep else (),
         )
         try:
-            await self._insist(lambda: self._parts.lifecycle.finish(ending))
+            state = await self._insist(lambda: self._parts.lifecycle.finish(ending))
         except REFUSALS as refusal:
             log.warning("Postgres refuses the result", error=repr(refusal))
             detail = getattr(refusal, "detail", None) or ""
             error = HandlerFailed(kept(f"Postgres cannot keep the result: {refusal}. {detail}")).as_json()
             keep, ending = False, Ending(claim, JobState.FAILED, error=error, failure=error, progress=progress)
-            await self._insist(lambda: self._parts.lifecycle.finish(ending))
-        log.info("an attempt ended", state=ending.state.value, error=error and error["type"])
+            state = await self._insist(lambda: self._parts.lifecycle.finish(ending))
+        log.info("an attempt ended", state=state.value, error=error and error["type"])
         if not keep:
             await self._delete(artifacts)
-        if ending.state.terminal:
+        if state.terminal:
             await self._forget(context)
 
     def _delay(self, claim: Claim, error: JobError) -> float | None:
@@ -229,7 +231,7 @@ class Runner:
             return None
         return error.after if isinstance(error, Retry) else self._kinds[claim.kind].backoff(claim.attempt)
 
-    async def _insist(self, write: Callable[[], Awaitable[None]]) -> None:
+    async def _insist(self, write: Callable[[], Awaitable[T]]) -> T:
         """Write, also over an outage of the database: until it is there, or someone else has the job."""
         wait = 0.2
         while True:

@@ -124,6 +124,16 @@ async def test_workers_run_keyed_jobs_one_at_a_time_to_the_last(engine: Engine) 
     assert all(most[f"key {n}"] <= n + 1 for n in range(3)), most
 
 
+async def test_a_paused_kind_does_not_hold_up_others_of_its_key(engine: Engine) -> None:
+    schemas: dict[str, Any] = {"input_schema": {}, "result_schema": {}}
+    paused = {"name": "kind.that_is_paused", "description": "", "timeout": 1, "max_attempts": 1, **schemas}
+    await engine.store.announce_kinds([paused])
+    await engine.database.execute("UPDATE kinds SET paused_at = now() WHERE name = $1", paused["name"])
+    await engine.submit_kind(paused["name"], {}, concurrency_key="mail")
+    other = await submit(engine, "mail")
+    assert await standing(engine) == [other]
+
+
 async def test_a_paused_kind_starts_nothing_and_delays_nobody_until_it_is_resumed(engine: Engine) -> None:
     announced = {"name": KIND, "description": "", "timeout": 1, "max_attempts": 1}
     announced |= {"input_schema": {}, "result_schema": {}}

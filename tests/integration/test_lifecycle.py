@@ -270,9 +270,27 @@ async def test_writes_of_two_attempts_in_one_statement_are_told_apart(
     )
 
     assert (await engine.job(claim.job_id)).result == second.token
-    for answers, answer in ((reports, False), (endings, None)):
+    for answers, answer in ((reports, False), (endings, JobState.SUCCEEDED)):
         assert isinstance(answers[order.index(claim)], LeaseLost)
         assert answers[order.index(second)] is answer
+
+
+async def test_a_job_that_is_to_be_cancelled_is_not_run_again_though_its_attempt_failed_first(
+    engine: Engine, claim: Claim
+) -> None:
+    await engine.lifecycle.cancel(claim.job_id, engine.tenant.id)
+    failure = {"type": "handler-failed", "message": "too late"}
+    ending = Ending(claim, JobState.SCHEDULED, error=failure, failure=failure, delay=600)
+
+    assert await engine.lifecycle.finish(ending) is JobState.CANCELLED
+
+    job = await engine.job(claim.job_id)
+    assert (job.state, job.error, job.run_at) == (JobState.CANCELLED, None, None)
+    assert job.finished_at is not None
+    # What went wrong stays readable, and to write it again, its answer having been lost, is no second ending.
+    assert [each["error"] for each in await engine.store.failures(job.id, engine.tenant.id)] == [failure]
+    assert await engine.lifecycle.finish(ending) is JobState.CANCELLED
+    assert (await engine.job(job.id)).seq == job.seq
 
 
 async def test_an_ending_is_fenced_against_another_ending_of_the_same_attempt(engine: Engine, claim: Claim) -> None:
