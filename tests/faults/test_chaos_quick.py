@@ -5,6 +5,7 @@
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,5 +50,11 @@ async def test_a_build_without_fencing_is_caught(home: Path) -> None:
     options = Options(
         seconds=3, seed=5, workers=2, webs=1, rate=10, fault_every=0.2, lease=2, faults=faults, unfenced=True
     )
-    report = await run(options, home)
-    assert any(violation.startswith("fencing:") for violation in report.violations), report
+    # Whether a paused worker holds a job that others take meanwhile is chance, which a busy machine makes small.
+    reports = []
+    for seed in range(5, 9):
+        (home / str(seed)).mkdir()
+        reports.append(await run(replace(options, seed=seed), home / str(seed)))
+        if any(violation.startswith("fencing:") for violation in reports[-1].violations):
+            return
+    pytest.fail(f"not caught: {reports}")

@@ -534,6 +534,7 @@ def make(servers: Embedded, tmp_path: Path) -> Iterator[Callable[[], Machine]]:
             runner.run(stack.aclose())
 
 
+@pytest.mark.timeout(180)
 def test_jobs_live_as_the_model_says(make: Callable[[], Machine]) -> None:
     chosen = settings(
         max_examples=40,
