@@ -1,5 +1,6 @@
 import csv
 import io
+import re
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from services.worker.kinds import csv_rows
 from services.worker.kinds.csv_layout import RECORD_LIMIT, Layout
 from services.worker.kinds.csv_rows import Rejected, RowReader
-from services.worker.kinds.csv_types import ColumnType
+from services.worker.kinds.csv_types import PATTERNS, ColumnType
 
 CELLS = st.one_of(
     st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8),
@@ -203,3 +204,26 @@ def test_a_single_column_skips_blank_lines_but_not_empty_values() -> None:
     read(reader, b'a\n\n""\n\\.\nb\n' * 300)
 
     assert reader.rows == 4 * 300
+
+
+@pytest.mark.parametrize("row", [r"\.", '"'])
+def test_a_row_that_no_pattern_takes_does_not_run_into_the_next(row: str) -> None:
+    """After so many rows as are looked at one by one, when the types are known."""
+    rows = [["text"], *[[row], ["more"]] * 300]
+    written = io.StringIO()
+    csv.writer(written, lineterminator="\n").writerows(rows)
+
+    reader = RowReader(layout(1))
+
+    assert parsed(read(reader, written.getvalue().encode())) == rows
+    assert reader.rows == len(rows)
+
+
+def test_no_pattern_has_a_possessive_group() -> None:
+    """Python before 3.11.5 loses its place in one, which the Pythons that this is tested on do not show."""
+    kinds = [ColumnType.EMPTY, ColumnType.TEXT, *PATTERNS]
+    patterns = [csv_rows._rows_pattern(layout(len(kinds)), kinds).decode()]
+    patterns += [pattern.pattern.decode() for pattern in vars(csv_rows._Skipping(b"\n")).values() if pattern]
+    assert len(patterns) == 3
+    for pattern in patterns:
+        assert not re.search(r"\)(\?|\*|\+|\{[0-9,]+\})\+", pattern), pattern

@@ -225,7 +225,7 @@ class _Skipping:
     """Finds where a row ends that is too long to keep. `line` is where it began, or 0."""
 
     def __init__(self, line_break: bytes) -> None:
-        end = rb'[^"%b]*+(?:"[^"]*+"[^"%b]*+)*+%b' % (line_break, line_break, line_break)
+        end = rb'[^"%b]*+(?>(?:"[^"]*+"[^"%b]*+)*)%b' % (line_break, line_break, line_break)
         self._end = re.compile(end)
         self._end_in_quotes = re.compile(rb'[^"]*+"' + end)
         self.line = 0
@@ -249,14 +249,14 @@ def _rows_pattern(layout: Layout, types: Sequence[ColumnType]) -> bytes:
     """Matches as many rows as fit the types, from the first on. What it matches means the same to COPY."""
     delimiter = re.escape(layout.delimiter)
     fields = {
-        ColumnType.EMPTY: '(?:"")?+',
-        ColumnType.TEXT: rf'(?:"[^"\x00]*+(?:""[^"\x00]*+)*+"|[^"{delimiter}\r\n\x00]*+)',
+        ColumnType.EMPTY: '(?>(?:"")?)',
+        ColumnType.TEXT: rf'(?:"[^"\x00]*+(?>(?:""[^"\x00]*+)*)"|[^"{delimiter}\r\n\x00]*+)',
         **{column_type: f'(?:{value}|"{value}"|)' for column_type, value in PATTERNS.items()},
     }
     # In a table of one column a blank line is no row, and `\.` would end the data before Postgres 18.
     first = r"(?![\r\n]|\\\.)" if len(types) == 1 else ""
     row = first + delimiter.join(fields[column_type] for column_type in types) + layout.line_end.decode()
-    return f"(?:{row})*+".encode()
+    return f"(?:(?>{row}))*".encode()
 
 
 def _end(pattern: re.Pattern[bytes], data: bytes, limit: int) -> int:

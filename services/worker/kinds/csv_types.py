@@ -4,14 +4,16 @@ import re
 from collections.abc import Iterable
 from enum import Enum
 
+# Groups are atomic, `(?>…)`, where possessive ones, `(?:…)?+`, would do: Python before 3.11.5 loses its place in those.
+
 _DATE = (
     "(?!0000)(?:"
     "[0-9]{4}-(?:(?:0[1-9]|1[0-2])-(?:0[1-9]|1[0-9]|2[0-8])|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)"
     "|(?:[0-9][0-9](?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
 )
 # Postgres keeps microseconds: more digits pass only if they are zeros.
-_TIME = r"[ T](?:[01][0-9]|2[0-3]):[0-5][0-9](?::[0-5][0-9](?:\.[0-9]{1,6}+0*+)?+)?+"
-_OFFSET = "(?:Z|[+-](?:0[0-9]|1[0-4])(?::?[0-5][0-9])?+)"
+_TIME = r"[ T](?:[01][0-9]|2[0-3]):[0-5][0-9](?>(?::[0-5][0-9](?>(?:\.[0-9]{1,6}+0*+)?))?)"
+_OFFSET = "(?:Z|[+-](?:0[0-9]|1[0-4])(?>(?::?[0-5][0-9])?))"
 
 
 class ColumnType(Enum):
@@ -40,10 +42,10 @@ PATTERNS = {
     ColumnType.BIGINT: "-?+(?:0|[1-9][0-9]{0,17}+|[1-8][0-9]{18}+)",
     ColumnType.NUMERIC: (
         r"-?+(?:[1-9][0-9]{0,99}+|0|(?=\.))"
-        r"(?:\.[0-9]{1,100}+(?:[eE][-+]?[0-9]{1,3}+)?+|[eE][-+]?[0-9]{1,3}+|)"
+        r"(?:\.[0-9]{1,100}+(?>(?:[eE][-+]?[0-9]{1,3}+)?)|[eE][-+]?[0-9]{1,3}+|)"
     ),
     ColumnType.DATE: _DATE,
-    ColumnType.TIMESTAMP: f"{_DATE}(?:{_TIME})?+",
+    ColumnType.TIMESTAMP: f"{_DATE}(?>(?:{_TIME})?)",
     ColumnType.TIMESTAMPTZ: f"{_DATE}{_TIME}{_OFFSET}",
 }
 _COMPILED = {column_type: re.compile(pattern) for column_type, pattern in PATTERNS.items()}
