@@ -16,11 +16,7 @@ run: $(VENV)/run.stamp ## Start everything here, without Docker; HEADWAY_PORT (8
 	@$(BIN)/python -m services.run
 
 test: $(VENV)/dev.stamp ## Run the tests on servers of their own; ARGS="-k csv" chooses some
-	$(if $(ARGS),,@$(BIN)/python -m pytest --numprocesses 0 $(MODEL))
-	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(if $(ARGS),$(ARGS),--ignore $(MODEL))
-# It walks the store at random for as long as others let it: apart it takes seconds, at the end of a process of the suite
-# minutes.
-MODEL := tests/integration/test_state_machine.py
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 check: $(VENV)/dev.stamp ## Check style, types, import contracts, migrations, manifests and the docs
 	$(BIN)/ruff check .

@@ -34,9 +34,6 @@ from tests.faults.proxy import Proxy
 DATABASE = "headway_engine"
 TABLES = ("schedules", "artifacts", "failures", "events", "jobs", "files", "kinds", "api_keys", "tenants")
 
-# Bytes of the table of jobs and its indexes.
-MOST_BLOAT = 4 << 20
-
 Handler = Callable[[JobContext], Awaitable[Any]]
 
 _handlers: dict[str, Handler] = {}
@@ -231,9 +228,6 @@ async def _emptied(servers: Embedded) -> asyncpg.Connection:
         "WHERE datname = current_database() AND pid <> pg_backend_pid();"
         + "".join(f"DELETE FROM {table};" for table in TABLES)
     )
-    if await database.fetchval("SELECT pg_total_relation_size('jobs')") > MOST_BLOAT:
-        # Dead rows of many tests, and statistics of other ones, make every statement slow.
-        await database.execute("TRUNCATE artifacts, failures, events, jobs; ANALYZE jobs")
     return database
 
 

@@ -306,15 +306,20 @@ WITH r AS (
 SELECT id, token, epoch, seq, data FROM finished JOIN told ON told.job_id = finished.id
 """
 
-# The event by which an attempt ended in a state, if it did: for a FINISH whose answer was lost.
+# The event by which an attempt ended in a state, if it did: for a FINISH whose answer was lost. It is the first to
+# follow the attempt's beginning; a job that was given back and cancelled later was not ended by the attempt.
 # $1: id, $2: token, $3: state
 ENDED_BY = """
-SELECT jobs.id, jobs.epoch, events.seq, events.data
-FROM jobs JOIN events ON events.job_id = jobs.id
-WHERE jobs.id = $1 AND jobs.token = $2 AND events.type = 'state' AND events.seq > (
-    SELECT max(seq) FROM events WHERE job_id = $1 AND type = 'state' AND data ->> 'state' = 'running'
-) AND (events.data ->> 'state' = $3 OR $3 = 'scheduled' AND events.data ->> 'state' = 'cancelled')
-ORDER BY events.seq LIMIT 1
+SELECT jobs.id, jobs.epoch, ended.seq, ended.data
+FROM jobs CROSS JOIN LATERAL (
+    SELECT seq, data FROM events
+    WHERE job_id = jobs.id AND type = 'state' AND seq > (
+        SELECT max(seq) FROM events WHERE job_id = jobs.id AND type = 'state' AND data ->> 'state' = 'running'
+    )
+    ORDER BY seq LIMIT 1
+) ended
+WHERE jobs.id = $1 AND jobs.token = $2
+    AND (ended.data ->> 'state' = $3 OR $3 = 'scheduled' AND ended.data ->> 'state' = 'cancelled')
 """
 
 

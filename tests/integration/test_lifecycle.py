@@ -293,6 +293,17 @@ async def test_a_job_that_is_to_be_cancelled_is_not_run_again_though_its_attempt
     assert (await engine.job(job.id)).seq == job.seq
 
 
+@pytest.mark.parametrize("state", [JobState.CANCELLED, JobState.SCHEDULED])
+async def test_an_attempt_that_was_given_back_did_not_end_the_job_that_was_cancelled_since(
+    engine: Engine, claim: Claim, state: JobState
+) -> None:
+    await engine.lifecycle.release(claim)
+    await engine.lifecycle.cancel(claim.job_id, engine.tenant.id)
+
+    with pytest.raises(LeaseLost):
+        await engine.lifecycle.finish(Ending(claim, state, delay=0))
+
+
 async def test_an_ending_is_fenced_against_another_ending_of_the_same_attempt(engine: Engine, claim: Claim) -> None:
     await engine.lifecycle.finish(Ending(claim, JobState.CANCELLED))
 
