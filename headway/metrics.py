@@ -46,4 +46,9 @@ http_time = Histogram(
 )
 ssrf_blocked = Counter("headway_ssrf_blocked_total", "Connections refused because of the address they would reach.")
 database_failures = Counter("headway_database_failures_total", "Statements that failed for want of a database.")
+errors_caught = Counter(
+    "headway_errors_caught_total",
+    "Errors that nobody foresaw, caught so that the rest goes on; the log has each.",
+    ["place"],
+)
 loop_lag = Gauge("headway_event_loop_lag_seconds", "How late the event loop ran its last tick.")

@@ -7,8 +7,7 @@ from uuid import UUID
 from headway.job import ChildEnding
 from headway.states import JobState
 from headway.store import Store
-
-OPEN = "('scheduled', 'queued', 'running')"
+from headway.store.sql import OPEN_STATES
 
 # The children that were submitted under these keys. $1: tenant, $2: idempotency keys, in order
 CHILDREN = """
@@ -22,17 +21,17 @@ ORDER BY k.number
 # $1: how many
 ORPHANS = f"""
 WITH RECURSIVE p AS (
-    (SELECT parent_id FROM jobs WHERE parent_id IS NOT NULL AND state IN {OPEN} ORDER BY parent_id LIMIT 1)
+    (SELECT parent_id FROM jobs WHERE parent_id IS NOT NULL AND state IN {OPEN_STATES} ORDER BY parent_id LIMIT 1)
     UNION ALL
     SELECT following.* FROM p CROSS JOIN LATERAL (
-        SELECT parent_id FROM jobs WHERE parent_id > p.parent_id AND state IN {OPEN} ORDER BY parent_id LIMIT 1
+        SELECT parent_id FROM jobs WHERE parent_id > p.parent_id AND state IN {OPEN_STATES} ORDER BY parent_id LIMIT 1
     ) following
 )
 SELECT c.id, c.tenant_id
 FROM p JOIN jobs ON jobs.id = p.parent_id AND jobs.state IN ('cancelled', 'failed')
 CROSS JOIN LATERAL (
     SELECT id, tenant_id FROM jobs
-    WHERE parent_id = p.parent_id AND state IN {OPEN} AND cancel_requested_at IS NULL LIMIT $1
+    WHERE parent_id = p.parent_id AND state IN {OPEN_STATES} AND cancel_requested_at IS NULL LIMIT $1
 ) c
 LIMIT $1
 """

@@ -10,6 +10,8 @@ JOB = """
     parent_id, retry_of, attempt, interruptions, crashes, created_at, run_at, started_at, finished_at,
     cancel_requested_at, progress, result, error, epoch, seq"""
 
+OPEN_STATES = "('scheduled', 'queued', 'running')"
+
 # Times in events look as they do everywhere else: RFC 3339 in UTC, milliseconds, Z.
 FORM = """'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'"""
 AT = f"to_char(now() AT TIME ZONE 'UTC', {FORM})"
@@ -107,8 +109,8 @@ SELECT id, tenant_id, concurrency_key, epoch, seq, data, position FROM queued JO
 PROMOTE = _queue("run_at <= now() ORDER BY run_at")
 
 # Queue the jobs whose children have all ended: a job that waits for children is scheduled for no time. $1: how many
-WAKE = _queue("""run_at IS NULL AND NOT EXISTS (
-        SELECT FROM jobs c WHERE c.parent_id = jobs.id AND c.state IN ('scheduled', 'queued', 'running')
+WAKE = _queue(f"""run_at IS NULL AND NOT EXISTS (
+        SELECT FROM jobs c WHERE c.parent_id = jobs.id AND c.state IN {OPEN_STATES}
     ) ORDER BY id""")
 
 # Whether a worker runs a suspect: a job under which workers died twice. It is to run one at most, so that a job that
@@ -377,16 +379,16 @@ RETURNING job_id AS id, (SELECT epoch FROM waiting) AS epoch, seq, data
 """
 
 # Bring the progress of jobs that wait for their children up to date. $1: how many
-TALLY = """
+TALLY = f"""
 WITH waiting AS (
     SELECT id, (
-        SELECT count(*) FROM jobs c WHERE c.parent_id = jobs.id AND c.state IN ('scheduled', 'queued', 'running')
+        SELECT count(*) FROM jobs c WHERE c.parent_id = jobs.id AND c.state IN {OPEN_STATES}
     ) AS open
     FROM jobs WHERE state = 'scheduled' AND run_at IS NULL
     ORDER BY id LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE jobs SET
-    progress = jsonb_set(progress, '{done}', to_jsonb((progress ->> 'total')::bigint - waiting.open)), seq = seq + 1
+    progress = jsonb_set(progress, '{{done}}', to_jsonb((progress ->> 'total')::bigint - waiting.open)), seq = seq + 1
 FROM waiting
 WHERE jobs.id = waiting.id AND (progress ->> 'done')::bigint <> (progress ->> 'total')::bigint - waiting.open
 RETURNING jobs.id, jobs.epoch, jobs.seq, jobs.progress
@@ -448,7 +450,7 @@ CANCEL = f"""
 WITH held AS (
     SELECT id FROM jobs
     WHERE id = ANY($1::uuid[]) AND tenant_id = $2
-        AND state IN ('scheduled', 'queued', 'running') AND cancel_requested_at IS NULL
+        AND state IN {OPEN_STATES} AND cancel_requested_at IS NULL
     ORDER BY id FOR NO KEY UPDATE
 ), cancelled AS (
     UPDATE jobs SET

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
@@ -21,6 +20,7 @@ from headway.kinds import JobContext
 from headway.lifecycle import Lifecycle, kept
 from headway.settings import Settings
 from headway.store import OUTAGES, REFUSALS, Store
+from services.worker.handling import as_progress, find_source
 from services.worker.pace import Pace
 
 # At most ten reports a second are written for a job.
@@ -117,10 +117,7 @@ class Context(JobContext):
     ) -> None:
         if self._closed:
             raise LeaseLost(f"Attempt {self.attempt} of job {self.id} is over.")
-        if not isfinite(done) or not (total is None or isfinite(total)):
-            raise ValueError(f"report() takes finite numbers, not done={done} and total={total}.")
-        numbers = {str(name): int(count) for name, count in counts.items()} if counts else {}
-        self._latest = Progress(done, total, unit, message, numbers)
+        self._latest = as_progress(done, total, message, unit, counts)
         if self._writer is None or self._writer.done():
             self._writer = asyncio.create_task(self._write())
         if time.monotonic() - self._yielded > YIELD_EVERY:
@@ -204,11 +201,7 @@ class Context(JobContext):
         return endings or []
 
     def source(self, name: str) -> str:
-        sources = self._parts.settings.sources
-        if name not in sources:
-            there = ", ".join(sorted(sources)) or "none; the operator names them in HEADWAY_SOURCES"
-            raise Fatal(f"There is no source {name!r}; there are: {there}.")
-        return sources[name].get_secret_value()
+        return find_source(self._parts.settings.sources, name).get_secret_value()
 
     async def close(self) -> Mapping[str, Any] | None:
         """Take no more reports, let one that is being written end; the newest one, which finishing the job writes."""
@@ -245,10 +238,10 @@ class Context(JobContext):
         assert report is not None
         rate, eta = self._pace.observe(report.done, report.total)
         self._shown = Progress(
-            done=_plain(report.done),
-            total=None if report.total is None else _plain(report.total),
-            unit=kept(str(report.unit)),
-            message=kept(str(report.message)),
+            done=report.done,
+            total=report.total,
+            unit=kept(report.unit),
+            message=kept(report.message),
             counts={kept(name): count for name, count in report.counts.items()},
             rate=rate,
             eta=eta,
@@ -266,8 +259,3 @@ async def _through_outages(call: Callable[[], Awaitable[T]]) -> T:
             log.warning("a call of the handler waits for the database", error=repr(error), wait=wait)
         await asyncio.sleep(wait)
         wait = min(wait * 2, 2.0)
-
-
-def _plain(number: float) -> float:
-    """An int or a float, whatever kind of number a handler counts in."""
-    return number if type(number) in (int, float) else float(number)

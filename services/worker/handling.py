@@ -3,15 +3,19 @@
 import json
 import traceback
 from collections.abc import Mapping
-from typing import Any
+from math import isfinite
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from headway.errors import JOB_ERRORS, Fatal, HandlerFailed, InputRefused, JobError
+from headway.job import Progress
 from headway.kinds import JobContext, Kind
 
 # How much of a traceback's end is kept.
 TRACEBACK = 20_000
+
+T = TypeVar("T")
 
 
 class Failed(HandlerFailed):
@@ -54,6 +58,29 @@ async def handle(kind: Kind, job: JobContext, input: Any, max_result: int) -> An
     return result
 
 
+def as_progress(
+    done: float, total: float | None, message: str, unit: str, counts: Mapping[str, int] | None
+) -> Progress:
+    """What a handler reports, in plain numbers whatever kind it counts in. Raises ValueError if one is not finite."""
+    if not isfinite(done) or not (total is None or isfinite(total)):
+        raise ValueError(f"report() takes finite numbers, not done={done} and total={total}.")
+    return Progress(
+        done=_plain(done),
+        total=None if total is None else _plain(total),
+        unit=str(unit),
+        message=str(message),
+        counts={str(name): int(number) for name, number in counts.items()} if counts else {},
+    )
+
+
+def find_source(sources: Mapping[str, T], name: str) -> T:
+    """Raises Fatal, naming those that exist, if there is none."""
+    if name not in sources:
+        there = ", ".join(sorted(sources)) or "none; the operator names them in HEADWAY_SOURCES"
+        raise Fatal(f"There is no source {name!r}; there are: {there}.")
+    return sources[name]
+
+
 def innermost(error: BaseException | None) -> BaseException | None:
     """What one task of a TaskGroup raised, out of the group that it is wrapped in."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
@@ -84,3 +111,7 @@ def text(error: BaseException) -> str:
         return str(error)
     except Exception as failure:
         return f"(its message cannot be shown: {type(failure).__name__})"
+
+
+def _plain(number: float) -> float:
+    return number if type(number) in (int, float) else float(number)

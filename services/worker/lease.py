@@ -15,6 +15,7 @@ from uuid import UUID
 import asyncpg
 import structlog
 
+from headway import metrics
 from headway.job import Claim
 from headway.lifecycle import LEASE
 from headway.store import OUTAGES, sql
@@ -73,7 +74,9 @@ class LeaseKeeper(threading.Thread):
             try:
                 await self._renew()
             except Exception as error:
-                log.warning("leases were not renewed", error=repr(error), exc_info=not isinstance(error, OUTAGES))
+                outage = isinstance(error, OUTAGES)
+                (metrics.database_failures if outage else metrics.errors_caught.labels("lease")).inc()
+                log.warning("leases were not renewed", error=repr(error), exc_info=not outage)
                 if self._connection is not None:
                     self._connection.terminate()
                     self._connection = None

@@ -7,14 +7,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
-from math import isfinite
 from typing import Any
 from uuid import UUID
 
 from headway.errors import Fatal
-from headway.job import File
+from headway.job import File, Progress
 from headway.kinds import JobContext
 from services.worker import frames
+from services.worker.handling import as_progress, find_source
 
 # Reports of a child are sent twice as often as the worker writes them: those in between are never seen.
 REPORT_EVERY = 0.05
@@ -80,7 +80,7 @@ class ProxyContext(JobContext):
         self._line = line
         self._streams = _Streams(line)
         self._artifacts = count(1)
-        self._latest: Mapping[str, Any] | None = None
+        self._latest: Progress | None = None
         self._sent = 0.0
         self._sending: asyncio.TimerHandle | None = None
         self._yielded = time.monotonic()
@@ -98,15 +98,7 @@ class ProxyContext(JobContext):
         unit: str = "items",
         counts: Mapping[str, int] | None = None,
     ) -> None:
-        if not isfinite(done) or not (total is None or isfinite(total)):
-            raise ValueError(f"report() takes finite numbers, not done={done} and total={total}.")
-        self._latest = {
-            "done": _plain(done),
-            "total": None if total is None else _plain(total),
-            "message": str(message),
-            "unit": str(unit),
-            "counts": {str(name): int(number) for name, number in counts.items()} if counts else None,
-        }
+        self._latest = as_progress(done, total, message, unit, counts)
         now = time.monotonic()
         if now - self._sent >= REPORT_EVERY:
             # From here, for a handler that blocks the loop has no timers.
@@ -123,7 +115,8 @@ class ProxyContext(JobContext):
             self._sending.cancel()
             self._sending = None
         if self._latest is not None:
-            self._line.say({"report": self._latest})
+            said = ("done", "total", "message", "unit", "counts")
+            self._line.say({"report": {name: getattr(self._latest, name) for name in said}})
             self._latest, self._sent = None, time.monotonic()
 
     async def log(self, message: str, *, level: str = "info") -> None:
@@ -166,10 +159,7 @@ class ProxyContext(JobContext):
         await self._line.call("close", number=number)
 
     def source(self, name: str) -> str:
-        if name not in self._sources:
-            there = ", ".join(sorted(self._sources)) or "none; the operator names them in HEADWAY_SOURCES"
-            raise Fatal(f"There is no source {name!r}; there are: {there}.")
-        return self._sources[name]
+        return find_source(self._sources, name)
 
 
 class _Streams:
@@ -219,8 +209,3 @@ class ProxyWriter:
             piece = bytes(self._buffer[: frames.PIECE])
             del self._buffer[: frames.PIECE]
             await self._line.call("write", piece, number=self._number)
-
-
-def _plain(number: float) -> float:
-    """An int or a float, whatever kind of number a handler counts in."""
-    return number if type(number) in (int, float) else float(number)

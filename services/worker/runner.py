@@ -135,6 +135,7 @@ class Runner:
             log.warning("the lease was lost; nothing was written", error=str(error))
             await self._delete(context.artifacts)
         except Exception:
+            metrics.errors_caught.labels("attempt").inc()
             log.exception("an attempt could not be ended; its lease will run out")
         finally:
             del self._attempts[key]
@@ -248,12 +249,14 @@ class Runner:
         try:
             await self._parts.files.delete([artifact.key for artifact in artifacts])
         except Exception:
+            metrics.errors_caught.labels("files").inc()
             log.exception("artifacts that nobody will see were not deleted")
 
     async def _forget(self, context: Context) -> None:
         try:
             await context.forget_parts()
         except Exception:
+            metrics.errors_caught.labels("files").inc()
             log.exception("what the job's attempts have left was not deleted")
 
 

@@ -5,6 +5,7 @@ import random
 
 import structlog
 
+from headway import metrics
 from headway.retention import Retention
 from headway.store import OUTAGES
 
@@ -30,4 +31,5 @@ class Sweeper:
             except OUTAGES as error:
                 log.warning("ended jobs were not deleted; the next sweep follows", error=repr(error))
             except OSError:
+                metrics.errors_caught.labels("files").inc()
                 log.exception("files of ended jobs were not deleted; the next sweep tries again")

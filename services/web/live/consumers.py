@@ -74,6 +74,7 @@ class JobConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
                 log.warning("a socket was closed: the database is not available", error=repr(error))
                 await self.close(TRY_AGAIN, "The database cannot be reached; connect again in a moment.")
             except Exception:
+                metrics.errors_caught.labels("socket").inc()
                 log.exception("a socket failed")
                 await self.close(1011, "Something broke here; connect again.")
 

@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import structlog
 
-from headway import Retry
+from headway import Retry, metrics
 from services.worker.kinds.csv_position import VERSION, Position
 from services.worker.kinds.csv_source import connected, copy, refusals, taken
 
@@ -152,6 +152,7 @@ async def drop(url: str, source: str, job_id: UUID) -> None:
             await _alone(connection, job_id)
             await connection.execute(f"DROP TABLE IF EXISTS {staging_name(job_id)}; COMMIT")
     except Exception as error:
+        metrics.errors_caught.labels("import").inc()
         log.warning("a table of an import may be left in the source", table=staging_name(job_id), error=repr(error))
 
 
