@@ -84,8 +84,9 @@ class Postgres(Server):
             )
         if not (self.folder / "PG_VERSION").exists():
             self._create_cluster(program.with_name("initdb"))
-        written_by = int((self.folder / "PG_VERSION").read_text())
-        if written_by != major:
+        # Before version 10 a major version had a dot in it.
+        written_by = (self.folder / "PG_VERSION").read_text().strip() or "?"
+        if written_by != str(major):
             raise StartFailed(
                 f"The data in {self.folder} was written by PostgreSQL {written_by}, and {program} is PostgreSQL "
                 f"{major}, which cannot read it. Dump it with PostgreSQL {written_by} and restore it into a new home "

@@ -206,11 +206,12 @@ def test_a_port_that_is_taken_meanwhile_is_replaced(tmp_path: Path) -> None:
         assert servers.redis_url != url
 
 
-def test_data_of_another_major_version_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("written", "named"), [("15\n", "15"), ("9.6\n", r"9\.6"), ("", r"\?")])
+def test_data_of_another_major_version_is_named(tmp_path: Path, written: str, named: str) -> None:
     data = tmp_path / "postgres"
     data.mkdir()
-    (data / "PG_VERSION").write_text("15\n")
-    with pytest.raises(StartFailed, match=r"written by PostgreSQL 15, and .* is PostgreSQL 18.*HEADWAY_HOME"):
+    (data / "PG_VERSION").write_text(written)
+    with pytest.raises(StartFailed, match=rf"written by PostgreSQL {named}, and .* is PostgreSQL 18.*HEADWAY_HOME"):
         Embedded(tmp_path, durable=False).start()
     assert not command_lines(tmp_path)
 
