@@ -169,10 +169,15 @@ class Supervisor:
 
     def _greet(self, seconds: float) -> None:
         setup = self._setup
+        credentials = _shown(setup.credentials)
+        # They are written once for a database: it may have been set up from elsewhere, or the file is gone.
+        password = f"as admin; the password is in {credentials}"
+        if not setup.credentials.exists():
+            password = f"with the password that you have: there is no {credentials}"
         click.echo(
             f"\nHeadway runs at {setup.url} (started in {seconds:.1f} s)\n"
             f"  API      {setup.url}/api/v1/docs\n"
-            f"  Admin    {setup.url}/admin/ as admin; the password is in {_shown(setup.credentials)}\n"
+            f"  Admin    {setup.url}/admin/ {password}\n"
             f"  Metrics  {setup.ops_url('web')}/metrics and {setup.ops_url('worker')}/metrics\n"
             f"  Logs     {_shown(setup.log_folder)}/\n"
         )

@@ -93,10 +93,19 @@ class Setup:
         return {**environment, variable("ops_port"): str(self.ops_ports[service])}
 
     def point_credentials_here(self) -> None:
-        """Corrects the URL in the credentials of an earlier start that had another port."""
+        """Corrects the URL in the credentials of an earlier start that had another port.
+
+        Raises StartFailed if they cannot be read.
+        """
         if not self.credentials.exists():
             return
-        credentials = json.loads(self.credentials.read_text())
+        try:
+            credentials = dict(json.loads(self.credentials.read_text()))
+        except (ValueError, TypeError):
+            raise StartFailed(
+                f"{self.credentials} is damaged. Restore it; or move it away, and use the password and a key that you "
+                "have kept elsewhere."
+            ) from None
         if credentials.get("url") != self.url:
             write_private(self.credentials, json.dumps({**credentials, "url": self.url}, indent=2) + "\n")
 

@@ -4,6 +4,7 @@ import os
 import sys
 
 from django.core.management import execute_from_command_line
+from django.db import OperationalError
 
 from headway.errors import HeadwayError
 
@@ -14,6 +15,8 @@ def main() -> None:
         execute_from_command_line(sys.argv)
     except HeadwayError as error:
         sys.exit(str(error))
+    except OperationalError as error:
+        sys.exit(f"The database of HEADWAY_DATABASE_URL cannot be used: {error}")
 
 
 if __name__ == "__main__":

@@ -232,6 +232,30 @@ def test_data_of_another_postgres_is_a_sentence(home: Path) -> None:
     assert processes(home) == []
 
 
+def test_a_given_postgres_that_does_not_answer_is_a_sentence(home: Path) -> None:
+    said = refused(home, free_ports(), HEADWAY_DATABASE_URL="postgresql://headway@127.0.0.1:1/headway")
+    assert "The database of HEADWAY_DATABASE_URL cannot be used: " in said
+    assert "Connection refused" in said
+
+
+def test_credentials_that_are_gone_are_not_pointed_at_and_damaged_ones_are_a_sentence(home: Path) -> None:
+    home.mkdir()
+    (home / "first-job-shown").touch()
+    run = Run(home)
+    run.says("Stop:  Ctrl-C")
+    assert run.stop(signal.SIGTERM) == 0
+    (home / "credentials.json").unlink()
+
+    run = Run(home)
+    run.says("Stop:  Ctrl-C")
+    run.says("with the password that you have: there is no ")
+    assert run.stop(signal.SIGTERM) == 0
+
+    (home / "credentials.json").write_text("{")
+    assert "credentials.json is damaged." in refused(home, free_ports())
+    assert processes(home) == []
+
+
 def test_a_home_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "HEADWAY_HOME" in refused(tmp_path / "file" / "home", free_ports())
