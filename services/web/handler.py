@@ -6,6 +6,7 @@ JSON bodies into memory up to a limit, and leaves uploads to their view as a str
 """
 
 import asyncio
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
@@ -69,7 +70,8 @@ class ApiHandler(ASGIHandler):
         # The client still sends. If the connection closed now, the answer would be lost before it is read.
         response.headers["Connection"] = "close"
         await _send(response, send, more_body=True)
-        await request.incoming.discard(LINGER)
+        with suppress(asyncio.CancelledError):  # the process ends; the answer is out
+            await request.incoming.discard(LINGER)
         await send({"type": "http.response.body"})
 
     async def _answer(self, request: ApiRequest) -> HttpResponseBase:

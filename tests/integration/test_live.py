@@ -291,6 +291,37 @@ async def test_a_web_process_that_is_told_to_stop_says_so_and_exits_with_0(
     assert "the web service has stopped" in (settings.home / "log").read_text()
 
 
+@pytest.mark.parametrize(("rest", "status"), [(b"1,2\n", b"201"), (b"", b"503")])
+async def test_a_request_under_way_is_answered_when_the_process_is_told_to_stop(
+    settings: Settings, tenant: Tenant, rest: bytes, status: bytes
+) -> None:
+    port = free_port()
+    given = {"HEADWAY_PORT": str(port), "HEADWAY_OPS_PORT": "0", "HEADWAY_DRAIN": "2"}
+
+    async def refused() -> bool:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+        except ConnectionRefusedError:
+            return True
+        writer.close()
+        return False
+
+    async with process(settings, "services.web", port=port, **given) as running, asyncio.timeout(20):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(
+            b"POST /api/v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8\r\nExpect: 100-continue\r\n"
+            b"Authorization: Bearer %s\r\n\r\n" % tenant.api_key.encode()
+        )
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        running.terminate()
+        await until(refused)
+        writer.write(b"a,b\n" + rest)
+        assert (await reader.readline()).split()[1] == status
+        assert await running.wait() == 0
+        writer.close()
+    assert "Exception" not in (settings.home / "log").read_text()
+
+
 async def test_daphne_serves_the_same(settings: Settings, redis: Redis, tenant: Tenant) -> None:
     port, headers = free_port(), {"Authorization": f"Bearer {tenant.api_key}"}
     daphne = ("daphne", "-b", "127.0.0.1", "-p", str(port), "services.web.asgi:application")
