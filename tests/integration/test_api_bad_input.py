@@ -123,6 +123,17 @@ async def test_a_job_that_does_not_fit_is_refused_field_by_field(http: httpx.Asy
     assert (await http.get(JOBS)).json()["jobs"] == []
 
 
+async def test_what_is_wrong_with_a_large_value_is_said(settings: Settings, tenant: Tenant) -> None:
+    job = {"kind": "http.fetch", "input": {"urls": ["http://example.com/"] * 10_001}}
+    async with idle(settings, tenant) as http:
+        problem = refused(await http.post(JOBS, json=job), 422, "invalid-input")
+        (error,) = problem["errors"]
+        assert error["field"] == "input.urls"
+        assert error["message"].endswith("has more than 10000 items")
+        assert len(error["message"]) == 500
+        assert "has more than 10000 items" in problem["detail"]
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

@@ -54,7 +54,7 @@ class Catalog:
             if len(errors) == MOST_ERRORS:
                 break
             path = ".".join(str(part) for part in ("input", *error.instance_path))
-            errors.append({"field": path, "message": error.message[:500]})
+            errors.append({"field": path, "message": _short(error.message)})
         if errors:
             where = f"see the input_schema of GET /api/v1/kinds/{name}"
             raise InvalidInput(f"{errors[0]['field']}: {errors[0]['message']}; {where}.", errors=errors)
@@ -88,3 +88,8 @@ class Catalog:
             }
             self._encoded = encoded
         self._until = now + REMEMBERED
+
+
+def _short(message: str) -> str:
+    """At most 500 characters. The validator quotes the value first and says last what is wrong with it."""
+    return message if len(message) <= 500 else f"{message[:200]} … {message[-297:]}"
