@@ -15,6 +15,8 @@ from uuid import uuid4
 import asyncpg
 import httpx
 import pytest
+from structlog.contextvars import merge_contextvars
+from structlog.testing import capture_logs
 
 from headway import kinds
 from headway.settings import Settings
@@ -86,6 +88,18 @@ async def test_an_accepted_job_is_in_the_database_when_the_answer_comes(
     assert {(row["id"], *row["tags"]) for row in rows} == {(job["id"], *job["tags"]) for job in jobs}
     assert {row["state"] for row in rows} == {"queued"}
     assert {row["tenant_id"] for row in rows} == {tenant.id}
+
+
+async def test_the_log_line_of_a_submission_names_the_job(settings: Settings, tenant: Tenant) -> None:
+    async with idle(settings, tenant) as http:
+        with capture_logs(processors=[merge_contextvars]) as lines:
+            answer = await http.post("/api/v1/jobs", json={"kind": "demo.countdown", "input": {"seconds": 1}})
+            job_id = answer.json()["id"]
+            await http.post(f"/api/v1/jobs/{job_id}/cancel")
+            retried = (await http.post(f"/api/v1/jobs/{job_id}/retry")).json()["id"]
+    named = {line["request_id"]: line.get("job_id") for line in lines if line["event"] == "request"}
+    assert list(named.values()) == [job_id, None, retried]
+    assert named[answer.headers["X-Request-Id"]] == job_id
 
 
 async def test_a_submit_succeeds_while_redis_is_away(settings: Settings, tenant: Tenant) -> None:

@@ -10,6 +10,7 @@ from uuid import UUID
 from django.http import HttpResponse
 from ninja import Field, Query, Router, Schema
 from pydantic import AwareDatetime, ConfigDict, model_validator
+from structlog.contextvars import bind_contextvars
 
 from headway.errors import BadRequest, NotFound
 from headway.job import Job, Priority, timestamp
@@ -139,10 +140,7 @@ async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
             idempotency_key=idempotency_key(request),
         )
     )
-    headers = {"Location": f"/api/v1/jobs/{accepted.id}"}
-    if created:
-        return answer(accepted.as_json(), 202, headers)
-    return answer(accepted.as_json(), 200, {**headers, "Idempotent-Replayed": "true"})
+    return submitted(accepted, created=created)
 
 
 @router.get("", summary="List jobs, newest first")
@@ -193,6 +191,7 @@ async def retry(request: ApiRequest, job_id: UUID) -> HttpResponse:
     """
     request.only()
     job, created = await request.app.lifecycle.retry(job_id, request.auth.tenant_id)
+    bind_contextvars(job_id=str(job.id))
     return answer(job.as_json(), 202 if created else 200, {"Location": f"/api/v1/jobs/{job.id}"})
 
 
@@ -230,6 +229,15 @@ async def list_failures(request: ApiRequest, job_id: UUID) -> HttpResponse:
     request.only()
     await find_job(request, job_id)
     return answer({"failures": await request.app.store.failures(job_id, request.auth.tenant_id)})
+
+
+def submitted(job: Job, *, created: bool) -> HttpResponse:
+    """The answer to a submission, and the job's id in the log line of the request."""
+    bind_contextvars(job_id=str(job.id))
+    headers = {"Location": f"/api/v1/jobs/{job.id}"}
+    if created:
+        return answer(job.as_json(), 202, headers)
+    return answer(job.as_json(), 200, {**headers, "Idempotent-Replayed": "true"})
 
 
 def known(request: ApiRequest, etag: str) -> bool:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ConfigDict
 from headway.schedules import MOST_SCHEDULES
 from headway.store.schedules import CatchUp, Schedule
 from services.web.api.answers import answer
-from services.web.api.jobs import Submission, idempotency_key
+from services.web.api.jobs import Submission, idempotency_key, submitted
 from services.web.api.request import ApiRequest
 
 router = Router(tags=["schedules"])
@@ -163,10 +163,7 @@ async def run_schedule(request: ApiRequest, schedule_id: UUID) -> HttpResponse:
     schedule = await _schedule(request, schedule_id)
     await request.app.catalog.check(schedule.job["kind"], schedule.job["input"])
     job, created = await request.app.schedules.run(schedule, idempotency_key(request))
-    headers = {"Location": f"/api/v1/jobs/{job.id}"}
-    if created:
-        return answer(job.as_json(), 202, headers)
-    return answer(job.as_json(), 200, {**headers, "Idempotent-Replayed": "true"})
+    return submitted(job, created=created)
 
 
 async def _schedule(request: ApiRequest, schedule_id: UUID) -> Schedule:
