@@ -109,6 +109,21 @@ def test_a_key_is_revoked_and_not_deleted(site: "Client", settings: Settings) ->
     assert ApiKey.objects.count() == 2
 
 
+def test_who_may_only_look_at_keys_revokes_none(site: "Client") -> None:
+    from django.contrib.auth.models import Permission, User
+
+    from services.web.accounts.models import ApiKey, Tenant
+
+    key = ApiKey.objects.create(id="k" * 16, tenant=Tenant.objects.create(name="shop"), name="k", digest=b"")
+    viewer = User.objects.create_user("viewer", is_staff=True)
+    viewer.user_permissions.add(Permission.objects.get(codename="view_apikey"))
+    site.force_login(viewer)
+    listed = "/admin/headway/apikey/"
+    assert "Revoke the selected keys" not in page(site, listed)
+    page(site, listed, action="revoke", _selected_action=key.pk)
+    assert ApiKey.objects.get().revoked_at is None
+
+
 def test_jobs_are_shown_and_cannot_be_touched(site: "Client") -> None:
     from services.web.accounts.models import Job, Tenant
 

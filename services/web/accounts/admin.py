@@ -52,7 +52,7 @@ class ApiKeyAdmin(admin.ModelAdmin):
         """Keys are revoked, not deleted: what was done with them stays traceable."""
         return False
 
-    @admin.action(description="Revoke the selected keys")
+    @admin.action(description="Revoke the selected keys", permissions=["change"])
     def revoke(self, request: HttpRequest, queryset: QuerySet[ApiKey]) -> None:
         count = queryset.filter(revoked_at=None).update(revoked_at=timezone.now())
         messages.success(request, f"{count} key{'' if count == 1 else 's'} revoked; that takes effect in five seconds.")
