@@ -24,7 +24,7 @@ check: $(VENV)/dev.stamp ## Check style, types, import contracts, migrations, ma
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(UNCONNECTED) $(BIN)/python -W ignore::RuntimeWarning -m services.web.manage makemigrations --check --dry-run
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh deploy/check.sh
+	sh deploy/check.sh
 	$(BIN)/python docs/generate.py --check
 
 docs: $(VENV)/dev.stamp ## Write docs/reference/ from the code

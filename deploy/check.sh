@@ -3,6 +3,7 @@
 # only the Python packages of requirements/dev.txt; docker, kubectl and promtool are used where they are found.
 set -eu
 cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
