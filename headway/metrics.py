@@ -40,7 +40,7 @@ ws_frames = Counter("headway_ws_frames_total", "Frames sent to WebSockets.", ["t
 http_requests = Counter("headway_http_requests_total", "Requests to the API.", ["method", "route", "status"])
 http_time = Histogram(
     "headway_http_request_seconds",
-    "Time from a request's head to its last byte.",
+    "Time from a request's head until its answer is ready to be sent.",
     ["route"],
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 30),
 )
