@@ -6,7 +6,7 @@ A message carries the event's data already encoded as JSON, so that readers buil
 import asyncio
 import json
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -19,6 +19,8 @@ from headway.job import Event
 from headway.queue import connect
 
 PREFIX = "headway"
+# What channels_redis puts before the name of a group.
+CHANNEL = f"{PREFIX}__group__"
 MOST_WAITING = 20_000
 AT_ONCE = 200
 
@@ -46,11 +48,16 @@ class Layer(RedisPubSubChannelLayer):  # type: ignore[misc]
         self.redis = connect(redis_url)
         self._publish_all = self.redis.register_script(PUBLISH_ALL)
 
+    async def heard(self, names: Collection[str]) -> set[str]:
+        """Those of the groups that somebody subscribes to."""
+        counts = await self.redis.pubsub_numsub(*(CHANNEL + name for name in names))
+        return {channel.decode().removeprefix(CHANNEL) for channel, readers in counts if readers}
+
     async def group_send_all(self, messages: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Send each message to all subscribers of its group, in order."""
         arguments: list[str | bytes] = []
         for name, sent in messages:
-            arguments += (f"{PREFIX}__group__{name}", self.serialize(sent))
+            arguments += (CHANNEL + name, self.serialize(sent))
         await self._publish_all(args=arguments)
 
 
@@ -100,9 +107,18 @@ class Events:
         while self._waiting:
             events = [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
             try:
-                await self.layer.group_send_all([(group(event.job_id), message(event)) for event in events])
+                await self._publish(events)
             except (RedisError, OSError) as error:
                 dropped = len(events) + len(self._waiting)
                 self._waiting.clear()
                 metrics.events_dropped.inc(dropped)
                 log.warning("live events were not sent; readers re-read them", events=dropped, error=str(error))
+
+    async def _publish(self, events: Sequence[Event]) -> None:
+        """Send what somebody follows: most events nobody does, and these are not even encoded.
+
+        Who subscribes after the question reads the job after that, and so finds what is committed by now.
+        """
+        heard = await self.layer.heard({group(event.job_id) for event in events})
+        if messages := [(name, message(event)) for event in events if (name := group(event.job_id)) in heard]:
+            await self.layer.group_send_all(messages)

@@ -23,15 +23,17 @@ FUNCTION = "run"
 EXPIRES_MS = 86_400_000
 MOST_WAITING = 100_000
 
-# Forget the call of a first id that was popped, pop more and forget theirs.
-# ARGV: the first id, how many more, prefix of the calls' keys
-TAKE_MORE = """
-redis.call('DEL', ARGV[3] .. ARGV[1])
+# Pop ids and forget the calls of these, and of those that were popped before.
+# ARGV: how many, prefix of the calls' keys, ids popped before
+TAKE = """
+for place = 3, #ARGV do
+    redis.call('DEL', ARGV[2] .. ARGV[place])
+end
 local members = {}
-for place, member in ipairs(redis.call('ZPOPMIN', KEYS[1], ARGV[2])) do
+for place, member in ipairs(redis.call('ZPOPMIN', KEYS[1], ARGV[1])) do
     if place % 2 == 1 then
         members[#members + 1] = member
-        redis.call('DEL', ARGV[3] .. member)
+        redis.call('DEL', ARGV[2] .. member)
     end
 end
 return members
@@ -56,7 +58,8 @@ class Queue:
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
-        self._take_more = redis.register_script(TAKE_MORE)
+        self._take = redis.register_script(TAKE)
+        self._popped: list[bytes] = []
         self._waiting: list[tuple[UUID, float]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -76,11 +79,16 @@ class Queue:
         await self.redis.aclose()
 
     async def take(self, count: int, wait: float) -> list[UUID]:
-        """Up to `count` due ids, the first awaited for `wait` seconds. Raises RedisError or OSError."""
-        first = await self.redis.bzpopmin(NAME, timeout=wait)
-        if first is None:
-            return []
-        members = [first[1], *await self._take_more(keys=[NAME], args=[first[1], count - 1, job_key_prefix])]
+        """Up to `count` due ids; if none is due, the next one within `wait` s. Raises RedisError or OSError."""
+        popped, self._popped = self._popped, []
+        members = await self._take(keys=[NAME], args=[count, job_key_prefix, *popped])
+        if not members:
+            first = await self.redis.bzpopmin(NAME, timeout=wait)
+            if first is None:
+                return []
+            # The next call forgets this one's: to wait for that now would delay the job.
+            members = [first[1]]
+            self._popped += members
         ids = []
         for member in members:
             try:

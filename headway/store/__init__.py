@@ -169,20 +169,7 @@ class Store:
 
     async def finish(self, endings: Sequence[Ending]) -> list[Event | None]:
         """For each ending its event; None where the lease is lost."""
-        records = [
-            {
-                "id": str(ending.claim.job_id),
-                "token": ending.claim.token,
-                "state": ending.state.value,
-                "result": ending.result,
-                "error": ending.error,
-                "failure": ending.failure,
-                "delay": ending.delay,
-                "progress": ending.progress,
-                "artifacts": [asdict(artifact) for artifact in ending.artifacts],
-            }
-            for ending in endings
-        ]
+        records = [_finished(ending) for ending in endings]
         events = {(row["id"], row["token"]): _state_event(row) for row in await self.rows(sql.FINISH, records)}
         return [events.get((ending.claim.job_id, ending.claim.token)) for ending in endings]
 
@@ -303,6 +290,24 @@ def _job(row: asyncpg.Record) -> Job:
 
 def _claim(row: asyncpg.Record) -> Claim:
     return Claim(job_id=row["id"], **{name: row[name] for name in Claim.__slots__ if name != "job_id"})
+
+
+def _finished(ending: Ending) -> dict[str, Any]:
+    """An ending as FINISH takes it: what is None is left out."""
+    given = {
+        "result": ending.result,
+        "error": ending.error,
+        "failure": ending.failure,
+        "delay": ending.delay,
+        "progress": ending.progress,
+        "artifacts": [asdict(artifact) for artifact in ending.artifacts] or None,
+    }
+    return {
+        "id": str(ending.claim.job_id),
+        "token": ending.claim.token,
+        "state": ending.state.value,
+        **{name: value for name, value in given.items() if value is not None},
+    }
 
 
 def _key(row: asyncpg.Record) -> Key | None:

@@ -14,7 +14,8 @@ OPEN_STATES = "('scheduled', 'queued', 'running')"
 
 # Times in events look as they do everywhere else: RFC 3339 in UTC, milliseconds, Z.
 FORM = """'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'"""
-AT = f"to_char(now() AT TIME ZONE 'UTC', {FORM})"
+# A subquery of its own, so that a statement renders its time once and not for every row.
+AT = f"(SELECT to_char(now() AT TIME ZONE 'UTC', {FORM}))"
 RUN_AT = f"to_char(run_at AT TIME ZONE 'UTC', {FORM})"
 
 # Queued jobs are run by position: start-time fair queueing over the flows of each tenant and priority. A new job stands
@@ -120,12 +121,15 @@ SUSPECTED = "SELECT FROM jobs WHERE state = 'running' AND worker = $3 AND crashe
 # Claim those of the jobs $1 that are still queued, one suspect at most. Rows that another worker is claiming are passed
 # over. A job with a concurrency key takes one of the key's places, or is parked if none is free; two workers that take
 # the same place at once are told apart by the unique index `jobs_concurrency`, and the statement is to be run again.
+# The rows are found by their ids: `state || ''` keeps the planner from walking through the whole queue instead.
 # $1: ids, $2: kinds this worker knows, $3: worker, $4: lease
 CLAIM = f"""
 WITH queued AS (
     SELECT id, tenant_id, crashes, concurrency_key, concurrency_limit FROM jobs
-    WHERE id = ANY($1::uuid[]) AND state = 'queued' AND kind = ANY($2::text[])
-        AND NOT EXISTS (SELECT FROM kinds WHERE name = jobs.kind AND paused_at IS NOT NULL)
+    WHERE id = ANY($1::uuid[]) AND state || '' = 'queued' AND kind = ANY(ARRAY(
+        SELECT kind FROM unnest($2::text[]) AS k (kind)
+        WHERE NOT EXISTS (SELECT FROM kinds WHERE name = k.kind AND paused_at IS NOT NULL)
+    ))
     FOR NO KEY UPDATE SKIP LOCKED
 ), placed AS (
     SELECT q.id, free.place FROM (
@@ -154,15 +158,13 @@ WITH queued AS (
         lease_expires_at = now() + $4::interval, started_at = coalesce(started_at, now()),
         concurrency_place = ready.place
     FROM ready WHERE jobs.id = ready.id
-    RETURNING jobs.*
+    RETURNING jobs.id, tenant_id, kind, input, timeout, max_attempts, concurrency_key, depth, attempt, token,
+        checkpoint, epoch, seq, jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}) AS data,
+        extract(epoch FROM now() - coalesce(run_at, created_at))::float8 AS waited
 ), told AS (
-    INSERT INTO events (job_id, seq, type, data)
-    SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}) FROM claimed
-    RETURNING job_id, data
+    INSERT INTO events (job_id, seq, type, data) SELECT id, seq, 'state', data FROM claimed
 )
-SELECT id, tenant_id, kind, input, timeout, max_attempts, concurrency_key, depth, attempt, token, checkpoint, epoch,
-    seq, data, extract(epoch FROM now() - coalesce(run_at, created_at))::float8 AS waited
-FROM claimed JOIN told ON told.job_id = claimed.id
+SELECT * FROM claimed
 UNION ALL
 SELECT id, tenant_id, NULL, NULL, NULL, NULL, concurrency_key, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL
 FROM parked
@@ -263,49 +265,45 @@ UPDATE jobs SET checkpoint = $3::jsonb WHERE id = $1 AND token = $2 AND state = 
 # End attempts, each with its event: for good with their artifacts, or, if they failed and `delay` is given, until they
 # are due again, unless the job is to be cancelled. Result, error and artifacts become visible together; `failure` is
 # kept for each attempt.
-# $1: [{id, token, state, result, error, failure, delay, progress, artifacts}]; an artifact is
+# $1: [{id, token, state, result?, error?, failure?, delay?, progress?, artifacts?}]; an artifact is
 # {name, content_type, size, sha256, key}
 FINISH = f"""
-WITH r AS (
-    SELECT * FROM jsonb_to_recordset($1::jsonb) AS r (
+WITH held AS (
+    SELECT jobs.id, r.state, r.result, r.error, r.failure, r.delay, r.progress, r.artifacts,
+        r.state = 'scheduled' AND jobs.cancel_requested_at IS NOT NULL AS unwanted
+    FROM jsonb_to_recordset($1::jsonb) AS r (
         id uuid, token bigint, state text, result jsonb, error jsonb, failure jsonb, delay float8, progress jsonb,
         artifacts jsonb
-    )
-), held AS (
-    SELECT jobs.id, r.state = 'scheduled' AND jobs.cancel_requested_at IS NOT NULL AS unwanted
-    FROM jobs JOIN r ON r.id = jobs.id AND r.token = jobs.token
-    WHERE jobs.state = 'running' ORDER BY jobs.id FOR NO KEY UPDATE OF jobs
+    ) JOIN jobs ON jobs.id = r.id AND jobs.token = r.token
+    WHERE jobs.state || '' = 'running' ORDER BY jobs.id FOR NO KEY UPDATE OF jobs
 ), finished AS (
     UPDATE jobs SET
-        state = CASE WHEN unwanted THEN 'cancelled' ELSE r.state END,
-        result = r.result, error = CASE WHEN unwanted THEN NULL ELSE r.error END,
-        progress = coalesce(r.progress, jobs.progress),
+        state = CASE WHEN unwanted THEN 'cancelled' ELSE held.state END,
+        result = held.result, error = CASE WHEN unwanted THEN NULL ELSE held.error END,
+        progress = coalesce(held.progress, jobs.progress),
         seq = seq + 1, lease_expires_at = NULL, worker = NULL, concurrency_place = NULL,
         run_at = CASE
-            WHEN r.state = 'scheduled' AND NOT unwanted THEN now() + r.delay * interval '1 second' ELSE jobs.run_at
+            WHEN held.state = 'scheduled' AND NOT unwanted THEN now() + delay * interval '1 second' ELSE jobs.run_at
         END,
-        finished_at = CASE WHEN r.state <> 'scheduled' OR unwanted THEN now() END
-    FROM held, r WHERE jobs.id = held.id AND r.id = held.id AND r.token = jobs.token
-    RETURNING jobs.id, jobs.token, jobs.kind, jobs.state, jobs.attempt, jobs.result, jobs.error, jobs.progress,
-        jobs.run_at, jobs.epoch, jobs.seq, r.failure
+        finished_at = CASE WHEN held.state <> 'scheduled' OR unwanted THEN now() END
+    FROM held WHERE jobs.id = held.id
+    RETURNING jobs.id, token, attempt, epoch, seq, failure, artifacts, jsonb_build_object(
+        'state', jobs.state, 'attempt', attempt, 'at', {AT}, 'result', jobs.result, 'error', jobs.error,
+        'progress', jobs.progress, 'run_at', CASE WHEN jobs.state = 'scheduled' THEN {RUN_AT} END
+    ) AS data
 ), failed AS (
     INSERT INTO failures (job_id, token, attempt, at, error)
     SELECT id, token, attempt, now(), failure FROM finished WHERE failure IS NOT NULL
 ), kept AS (
     INSERT INTO artifacts (job_id, name, content_type, size, sha256, key)
-    SELECT finished.id, a.name, a.content_type, a.size, a.sha256, a.key
-    FROM finished JOIN r ON r.id = finished.id AND r.token = finished.token
-    CROSS JOIN jsonb_to_recordset(r.artifacts)
+    SELECT id, a.name, a.content_type, a.size, a.sha256, a.key
+    FROM finished CROSS JOIN jsonb_to_recordset(artifacts)
         AS a (name text, content_type text, size bigint, sha256 text, key text)
+    WHERE artifacts IS NOT NULL
 ), told AS (
-    INSERT INTO events (job_id, seq, type, data)
-    SELECT id, seq, 'state', jsonb_build_object(
-        'state', state, 'attempt', attempt, 'at', {AT}, 'result', result, 'error', error, 'progress', progress,
-        'run_at', CASE WHEN state = 'scheduled' THEN {RUN_AT} END
-    ) FROM finished
-    RETURNING job_id, data
+    INSERT INTO events (job_id, seq, type, data) SELECT id, seq, 'state', data FROM finished
 )
-SELECT id, token, epoch, seq, data FROM finished JOIN told ON told.job_id = finished.id
+SELECT id, token, epoch, seq, data FROM finished
 """
 
 # The event by which an attempt ended in a state, if it did: for a FINISH whose answer was lost. It is the first to

@@ -24,6 +24,9 @@ from services.worker.runner import Runner
 SCAN_EVERY = 0.5
 RESCUE_EVERY = 2.0
 COUNT_EVERY = 5.0
+# Ids are taken of one lot while another is claimed, and a third one's handlers begin and end.
+LISTENERS = 2
+CLAIMED_AT_ONCE = 50
 RESCUED_AT_ONCE = 100
 # A delay is met to within this and a statement's time.
 PROMOTE_EVERY = 0.05
@@ -80,6 +83,7 @@ class HeadwayWorker(Worker):
         self._beside = beside
         self._claiming = asyncio.Lock()
         self._performing = 0
+        self._asked = 0
         self._freed = asyncio.Event()
         self._hinted = False
         self._rescue_at = self._count_at = 0.0
@@ -98,7 +102,8 @@ class HeadwayWorker(Worker):
             # Told to stop before it began.
             return
         async with asyncio.TaskGroup() as loops:
-            loops.create_task(self._listen())
+            for _ in range(LISTENERS):
+                loops.create_task(self._listen())
             loops.create_task(self._find())
             loops.create_task(self._look_after())
             loops.create_task(self._promote())
@@ -126,21 +131,39 @@ class HeadwayWorker(Worker):
             self.main_task.cancel()
 
     async def _listen(self) -> None:
-        """Take ids from Redis as they come, as many as slots are free."""
+        """Take ids from Redis as they come, as many as slots are free and no other listener has ids for."""
         while True:
-            await self._slot()
+            while (asked := min(self.free - self._asked, CLAIMED_AT_ONCE)) <= 0:
+                self._freed.clear()
+                await self._freed.wait()
+                # Handlers that end in the same turn of the loop free their slots for the same claim.
+                await asyncio.sleep(0)
+            self._asked += asked
             try:
-                ids = await self._queue.take(self.free, wait=1)
-            except (RedisError, OSError) as error:
-                self._hinted = False
-                log.warning("no wake-ups from Redis; Postgres is scanned", error=repr(error))
-                await asyncio.sleep(1)
-                continue
-            self._hinted = bool(ids)
-            try:
+                ids = await self._take(asked)
+                self._give_back(asked - len(ids))
+                asked = len(ids)
                 await self._claim(ids)
             except OUTAGES as error:
                 log.warning("jobs were not claimed; a scan finds them", error=repr(error))
+            finally:
+                self._give_back(asked)
+
+    async def _take(self, count: int) -> list[UUID]:
+        try:
+            ids = await self._queue.take(count, wait=1)
+        except (RedisError, OSError) as error:
+            self._hinted = False
+            log.warning("no wake-ups from Redis; Postgres is scanned", error=repr(error))
+            await asyncio.sleep(1)
+            return []
+        self._hinted = bool(ids)
+        return ids
+
+    def _give_back(self, asked: int) -> None:
+        """Let another listener ask for ids for these slots."""
+        self._asked -= asked
+        self._freed.set()
 
     async def _find(self) -> None:
         """Find in Postgres what Redis did not bring: twice a second, or at every free slot while Redis is silent."""

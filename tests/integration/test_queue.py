@@ -85,6 +85,8 @@ async def test_taking_waits_for_an_id_but_not_for_ever(queue: Queue) -> None:
     queue.wake(job_id := uuid7(), 1)
 
     assert await taking == [job_id]
+    assert await queue.take(5, wait=0.05) == []
+    assert await queue.redis.keys("*") == []
 
 
 @pytest.mark.parametrize("member", [b"not an id", b"\x80\x04K*.", b"", "ż".encode(), b"x" * 10_000])
