@@ -7,7 +7,16 @@ from enum import IntEnum
 from typing import Any, Literal
 from uuid import UUID
 
+from headway.errors import Fatal
 from headway.states import JobState
+
+# What one job may ask for. Times are seconds, lengths are characters.
+LONGEST_TIMEOUT = 7 * 86400.0
+MOST_ATTEMPTS = 100
+MOST_TAGS = 20
+LONGEST_TAG = 100
+LONGEST_KEY = 200
+MOST_PLACES = 100
 
 EventType = Literal["state", "progress", "log"]
 
@@ -124,7 +133,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Child:
-    """A job that a handler submits as a part of its own. What is left out is the kind's own; `timeout` is seconds."""
+    """A job that a handler submits as a part of its own. What is left out is the kind's own; `timeout` is seconds.
+
+    Raises Fatal for what `POST /jobs` would refuse.
+    """
 
     kind: str
     input: Any
@@ -134,6 +146,24 @@ class Child:
     max_attempts: int | None = None
     concurrency_key: str | None = None
     concurrency_limit: int = 1
+
+    def __post_init__(self) -> None:
+        key = self.concurrency_key
+        limits = {
+            f"timeout is a time above 0 and at most {LONGEST_TIMEOUT:,.0f} seconds": (
+                self.timeout is None or 0 < self.timeout <= LONGEST_TIMEOUT
+            ),
+            f"max_attempts is a number from 1 to {MOST_ATTEMPTS}": (
+                self.max_attempts is None or 1 <= self.max_attempts <= MOST_ATTEMPTS
+            ),
+            f"tags are at most {MOST_TAGS}, each of 1 to {LONGEST_TAG} characters": (
+                len(self.tags) <= MOST_TAGS and all(1 <= len(tag) <= LONGEST_TAG for tag in self.tags)
+            ),
+            f"concurrency_key has 1 to {LONGEST_KEY} characters": key is None or 1 <= len(key) <= LONGEST_KEY,
+            f"concurrency_limit is a number from 1 to {MOST_PLACES}": 1 <= self.concurrency_limit <= MOST_PLACES,
+        }
+        if wrong := [limit for limit, kept in limits.items() if not kept]:
+            raise Fatal(f"A child of the kind {self.kind!r} cannot be submitted: {'; '.join(wrong)}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import pytest
 import pytest_asyncio
 
-from headway import Child, ChildEnding, JobContext, kind, kinds
+from headway import Child, ChildEnding, Fatal, JobContext, kind, kinds
 from headway.embedded import Embedded
 from headway.groups import MOST_CHILDREN, MOST_DEPTH, Groups
 from headway.job import Job
@@ -163,3 +164,18 @@ async def test_children_that_cannot_be_are_refused(engine: Engine) -> None:
     assert many.error and many.error["message"].startswith("A job may have 10,000 children, not 10,001")
     assert strange.error and strange.error["message"].startswith("There is no kind 'no.kind' for a child")
     assert await children(engine, many.id) == await children(engine, strange.id) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"concurrency_key": "a", "concurrency_limit": 0}, "concurrency_limit is a number from 1 to 100"),
+        ({"concurrency_key": ""}, "concurrency_key has 1 to 200 characters"),
+        ({"timeout": 0}, "timeout is a time above 0"),
+        ({"max_attempts": 0}, "max_attempts is a number from 1 to 100"),
+        ({"tags": ["x" * 101]}, "tags are at most 20"),
+    ],
+)
+def test_a_child_that_could_never_run_is_refused_where_it_is_made(asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(Fatal, match=said):
+        Child("groups.square", 1, **asked)

@@ -13,13 +13,22 @@ from pydantic import AwareDatetime, ConfigDict, model_validator
 from structlog.contextvars import bind_contextvars
 
 from headway.errors import BadRequest, NotFound
-from headway.job import Job, Priority, timestamp
+from headway.job import (
+    LONGEST_KEY,
+    LONGEST_TAG,
+    LONGEST_TIMEOUT,
+    MOST_ATTEMPTS,
+    MOST_PLACES,
+    MOST_TAGS,
+    Job,
+    Priority,
+    timestamp,
+)
 from headway.states import JobState
 from headway.submission import NewJob
 from services.web.api.answers import answer, not_modified
 from services.web.api.request import ApiRequest
 
-LONGEST = 7 * 86400.0
 FARTHEST = 400 * 86400.0
 # A client's clock may be this far off before its run_at counts as past.
 CLOCKS = 60.0
@@ -30,7 +39,7 @@ KEY = re.compile(r"[!-~]{1,255}")
 
 router = Router(tags=["jobs"])
 
-Tag = Annotated[str, Field(min_length=1, max_length=100)]
+Tag = Annotated[str, Field(min_length=1, max_length=LONGEST_TAG)]
 
 
 class Submission(Schema):
@@ -42,7 +51,9 @@ class Submission(Schema):
     input: Any = Field(
         description="What the kind works on; its input_schema says what fits.", examples=[{"seconds": 5}]
     )
-    tags: list[Tag] = Field(default=[], max_length=20, description="Words to find the job by.", examples=[["first"]])
+    tags: list[Tag] = Field(
+        default=[], max_length=MOST_TAGS, description="Words to find the job by.", examples=[["first"]]
+    )
     priority: Literal["high", "normal", "low"] = Field(
         default="normal", description="Which of the tenant's jobs go first; low ones wait longer, but not for ever."
     )
@@ -53,21 +64,21 @@ class Submission(Schema):
     timeout: float | None = Field(
         default=None,
         gt=0,
-        le=LONGEST,
+        le=LONGEST_TIMEOUT,
         description="Seconds an attempt may run; the kind's own if left out.",
         examples=[60],
     )
     max_attempts: int | None = Field(
-        default=None, ge=1, le=100, description="Attempts it may take; the kind's own number if left out."
+        default=None, ge=1, le=MOST_ATTEMPTS, description="Attempts it may take; the kind's own number if left out."
     )
     concurrency_key: str | None = Field(
         default=None,
         min_length=1,
-        max_length=200,
+        max_length=LONGEST_KEY,
         description="Jobs with the same key share `concurrency_limit` places, across all workers.",
     )
     concurrency_limit: int = Field(
-        default=1, ge=1, le=100, description="How many jobs with this job's key may run when it is to start."
+        default=1, ge=1, le=MOST_PLACES, description="How many jobs with this job's key may run when it is to start."
     )
 
     @model_validator(mode="after")
