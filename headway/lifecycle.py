@@ -86,7 +86,7 @@ class Lifecycle:
         self._free(*full)
         for claim, event, waited in claimed:
             if claim.token == 1:
-                metrics.queue_wait.labels(claim.kind).observe(waited)
+                metrics.series(metrics.queue_wait, claim.kind).observe(waited)
             self._events.publish(event)
             claims.append(claim)
         return claims
@@ -223,7 +223,7 @@ class Lifecycle:
         accepted = await self._insert(jobs)
         for job, position, first in accepted:
             if first is None:
-                metrics.jobs_submitted.labels(job.kind).inc()
+                metrics.series(metrics.jobs_submitted, job.kind).inc()
                 if job.state is JobState.QUEUED:
                     self._due(job.id, position, _key(job))
         return [(job, first) for job, _, first in accepted]
@@ -257,7 +257,7 @@ class Lifecycle:
 
     def _ended(self, ending: Ending, event: Event) -> None:
         if event.terminal:
-            metrics.jobs_finished.labels(ending.claim.kind, event.data["state"]).inc()
+            metrics.series(metrics.jobs_finished, ending.claim.kind, event.data["state"]).inc()
         else:
             metrics.retried.labels(ending.claim.kind).inc()
         self._free(_key(ending.claim))

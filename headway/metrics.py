@@ -1,6 +1,11 @@
 """Every metric, declared once. No job id, URL or tenant in a label. `docs/reference/metrics.md` is made from this."""
 
+from functools import lru_cache
+from typing import TypeVar
+
 from prometheus_client import Counter, Gauge, Histogram
+
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
 jobs_submitted = Counter("headway_jobs_submitted_total", "Jobs accepted and committed.", ["kind"])
 jobs_finished = Counter("headway_jobs_finished_total", "Jobs that reached a terminal state.", ["kind", "outcome"])
@@ -52,3 +57,9 @@ errors_caught = Counter(
     ["place"],
 )
 loop_lag = Gauge("headway_event_loop_lag_seconds", "How late the event loop ran its last tick.")
+
+
+@lru_cache(maxsize=4096)
+def series(metric: Metric, *labels: str) -> Metric:
+    """The metric with these labels. To look it up anew each time would cost more than to count."""
+    return metric.labels(*labels)

@@ -50,7 +50,8 @@ CLAIMS = 5
 async def prepare(connection: asyncpg.Connection) -> None:
     """Read and write jsonb as Python values."""
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-    await connection.set_type_codec("jsonb", encoder=encode, decoder=json.loads, schema="pg_catalog")
+    decode = json.JSONDecoder().decode
+    await connection.set_type_codec("jsonb", encoder=encode, decoder=decode, schema="pg_catalog")
 
 
 async def keep(_: asyncpg.Connection) -> None:

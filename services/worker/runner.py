@@ -129,7 +129,7 @@ class Runner:
             finally:
                 performed()
             progress = await context.close()
-            metrics.run_time.labels(claim.kind).observe(time.monotonic() - began)
+            metrics.series(metrics.run_time, claim.kind).observe(time.monotonic() - began)
             await self._end(claim, attempt, outcome, progress, context)
         except LeaseLost as error:
             log.warning("the lease was lost; nothing was written", error=str(error))

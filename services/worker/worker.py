@@ -88,6 +88,7 @@ class HeadwayWorker(Worker):
         self._hinted = False
         self._rescue_at = self._count_at = 0.0
         metrics.slots.set(slots)
+        metrics.slots_busy.set_function(lambda: self._performing)
 
     @property
     def free(self) -> int:
@@ -232,7 +233,6 @@ class HeadwayWorker(Worker):
                 task = asyncio.create_task(self._runner.run(claim, self._performed))
                 self.tasks[_key(claim)] = task
                 task.add_done_callback(partial(self._ended, claim))
-            metrics.slots_busy.set(self._performing)
 
     async def _release_unheld(self) -> None:
         """Give back jobs that were claimed in this worker's name though the answer was lost."""
@@ -243,7 +243,6 @@ class HeadwayWorker(Worker):
 
     def _performed(self) -> None:
         self._performing -= 1
-        metrics.slots_busy.set(self._performing)
         self._freed.set()
 
     def _ended(self, claim: Claim, _: asyncio.Task[None]) -> None:
