@@ -14,6 +14,7 @@ HeadwayError
 │   │   ├── UnknownKind        422 unknown-kind
 │   │   ├── KeyReused          422 idempotency-key-reused
 │   │   └── InvalidInput       422 invalid-input
+│   ├── TooMany                429 too-many
 │   ├── Internal               500 internal
 │   ├── Unavailable            503 unavailable
 │   └── NoStorage              507 no-storage
@@ -139,6 +140,12 @@ class InvalidInput(InvalidRequest):
     slug, title = "invalid-input", "The input does not fit the kind"
 
 
+class TooMany(Problem):
+    """More connections or subscriptions than a client may have at a time; the detail names the limit."""
+
+    status, slug, title = 429, "too-many", "More than is allowed at a time"
+
+
 class Internal(Problem):
     """Something broke on our side; the request id finds it in the log."""
 
@@ -226,6 +233,7 @@ PROBLEMS: tuple[type[Problem], ...] = (
     UnknownKind,
     KeyReused,
     InvalidInput,
+    TooMany,
     Internal,
     Unavailable,
     NoStorage,

@@ -42,6 +42,13 @@ wakeups_failed = Counter("headway_wakeups_failed_total", "Wake-ups that Redis di
 events_dropped = Counter("headway_events_dropped_total", "Live events that Redis did not take; readers re-read them.")
 ws_connections = Gauge("headway_ws_connections", "Open WebSockets.")
 ws_frames = Counter("headway_ws_frames_total", "Frames sent to WebSockets.", ["type"])
+sse_streams = Gauge("headway_sse_streams", "Open streams of server-sent events.")
+sse_events = Counter("headway_sse_events_total", "Events sent over SSE.", ["type"])
+live_topics = Gauge("headway_live_topics", "Topics that this process listens to in Redis.")
+live_losses = Counter("headway_live_losses_total", "Times that the connection for live events was lost.")
+live_rechecks = Counter("headway_live_rechecks_total", "Times that all sessions were compared with the record.")
+live_repairs = Counter("headway_live_repairs_total", "Events that Redis lost, read from the record for a session.")
+live_slow = Counter("headway_live_slow_total", "Sessions that were closed because their client did not keep up.")
 http_requests = Counter("headway_http_requests_total", "Requests to the API.", ["method", "route", "status"])
 http_time = Histogram(
     "headway_http_request_seconds",

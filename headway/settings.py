@@ -92,6 +92,11 @@ class Settings(BaseModel):
         description="Addresses or networks, separated by commas, whose `X-Forwarded-*` headers are believed.",
     )
     slots: int = Field(20, ge=1, le=1000, description="Jobs that one worker process runs at a time.")
+    connections: int = Field(
+        20,
+        ge=1,
+        description="WebSockets and streams that a key or user may hold open in one web process.",
+    )
     drain: float = Field(20, ge=0, description="Seconds that SIGTERM leaves running requests and jobs to finish.")
     max_body: int = Field(1 << 20, ge=1024, description="Largest JSON body of a request.")
     max_file: int = Field(8 << 30, ge=1024, description="Largest uploaded file or artifact.")

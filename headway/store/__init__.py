@@ -105,13 +105,13 @@ class Store:
 
     async def submit(self, jobs: Sequence[Mapping[str, Any]]) -> list[tuple[Job, float, str | None]]:
         """For each job its row, its position and, if its idempotency key was taken, the digest of the first request."""
-        rows = {row["id"]: (_job(row), row["position"], None) for row in await self.rows(sql.SUBMIT, jobs)}
+        rows = {row["id"]: (as_job(row), row["position"], None) for row in await self.rows(sql.SUBMIT, jobs)}
         if missing := [job for job in jobs if UUID(job["id"]) not in rows]:
             names = ("id", "tenant_id", "idempotency_key")
             asked = [{name: job[name] for name in names} for job in missing]
             for row in await self.rows(sql.REPLAY, asked):
                 first = None if row["asked"] == row["id"] else row["request_digest"]
-                rows[row["asked"]] = (_job(row), row["position"], first)
+                rows[row["asked"]] = (as_job(row), row["position"], first)
         return [rows[UUID(job["id"])] for job in jobs]
 
     async def promote(self, limit: int, *, waiting: bool = False) -> list[tuple[Event, float, Key | None]]:
@@ -212,11 +212,11 @@ class Store:
 
     async def cancel(self, ids: Sequence[UUID], tenant_id: UUID) -> list[tuple[Job, Event]]:
         """Each job that the request changed, and the event of it."""
-        return [(_job(row), _state_event(row)) for row in await self.rows(sql.CANCEL, ids, tenant_id)]
+        return [(as_job(row), _state_event(row)) for row in await self.rows(sql.CANCEL, ids, tenant_id)]
 
     async def get(self, job_id: UUID, tenant_id: UUID) -> Job | None:
         rows = await self.rows(reads.GET, job_id, tenant_id)
-        return _job(rows[0]) if rows else None
+        return as_job(rows[0]) if rows else None
 
     async def list_jobs(
         self,
@@ -230,7 +230,7 @@ class Store:
         limit: int,
     ) -> list[Job]:
         rows = await self.rows(reads.LIST, tenant_id, before, state.value if state else None, kind, tag, parent, limit)
-        return [_job(row) for row in rows]
+        return [as_job(row) for row in rows]
 
     async def events(self, job_id: UUID, tenant_id: UUID, *, after: int, limit: int) -> list[Event]:
         rows = await self.rows(reads.EVENTS, job_id, tenant_id, after, limit)
@@ -256,10 +256,10 @@ class Store:
         rows = await self.rows(reads.GET_FILE, file_id, tenant_id)
         return File(**rows[0]) if rows else None
 
-    async def get_key(self, key_id: str) -> tuple[UUID, bytes] | None:
-        """The tenant and the digest of a live key."""
+    async def get_key(self, key_id: str) -> tuple[UUID, bytes, str] | None:
+        """The tenant, the digest and the name of a live key."""
         rows = await self.rows(reads.GET_KEY, key_id)
-        return (rows[0]["tenant_id"], rows[0]["digest"]) if rows else None
+        return (rows[0]["tenant_id"], rows[0]["digest"], rows[0]["name"]) if rows else None
 
     async def announce_kinds(self, kinds: Sequence[Mapping[str, Any]]) -> None:
         await self.rows(reads.ANNOUNCE_KINDS, kinds)
@@ -277,7 +277,7 @@ class Store:
         return bool((await self.rows(reads.READY_CHECK))[0][0])
 
 
-def _job(row: asyncpg.Record) -> Job:
+def as_job(row: asyncpg.Record) -> Job:
     values = {name: row[name] for name in Job.__slots__}
     return Job(
         **{

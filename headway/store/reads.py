@@ -47,9 +47,9 @@ GET_FILE = """
 SELECT id, tenant_id, name, content_type, size, sha256, created_at FROM files WHERE id = $1 AND tenant_id = $2
 """
 
-# The tenant and the digest of a key that is neither revoked nor expired. $1: id
+# The tenant, the digest and the name of a key that is neither revoked nor expired. $1: id
 GET_KEY = """
-SELECT tenant_id, digest FROM api_keys
+SELECT tenant_id, digest, name FROM api_keys
 WHERE id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
 """
 

@@ -10,9 +10,13 @@ from headway.queue import Queue
 from headway.schedules import Schedules
 from headway.settings import Settings
 from headway.store import Store
+from headway.store.live import LiveStore
 from services.web.api.auth import Keyring
 from services.web.api.catalog import Catalog
 from services.web.live.hub import Hub
+from services.web.live.jobs import Jobs
+from services.web.live.lines import heard
+from services.web.live.sessions import Sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,7 @@ class App:
     keyring: Keyring
     catalog: Catalog
     hub: Hub
+    sessions: Sessions
     queue: Queue
     events: Events
 
@@ -38,7 +43,8 @@ class App:
         redis_url = settings.redis_url.get_secret_value()
         jobs = Queue(queue.connect(redis_url))
         events = Events(layer(redis_url))
-        hub = Hub(events.layer)
+        hub = Hub(redis_url, events.layer, heard)
+        live = LiveStore(store)
         lifecycle = Lifecycle(store, jobs, events)
         return cls(
             settings=settings,
@@ -49,11 +55,13 @@ class App:
             keyring=Keyring(store, settings.key_pepper.get_secret_value()),
             catalog=Catalog(store),
             hub=hub,
+            sessions=Sessions(hub, {"jobs": Jobs(live, hub)}, most=settings.connections),
             queue=jobs,
             events=events,
         )
 
     async def close(self) -> None:
+        await self.sessions.close()
         await self.hub.close()
         await self.lifecycle.close()
         await self.queue.close()

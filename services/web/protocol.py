@@ -1,6 +1,7 @@
 """uvicorn's protocols, with the bounds that they lack."""
 
 import json
+from typing import Any
 
 from uuid_utils import uuid7
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -8,6 +9,8 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from headway.errors import BadRequest
 
+# Seconds that a peer has to read the end of what it was sent.
+GOODBYE = 3.0
 MOST_HEAD = 64 * 1024
 MOST_HEADERS = 100
 
@@ -56,8 +59,24 @@ class Http(HttpToolsProtocol):
 
 
 class WebSocket(WebSocketsSansIOProtocol):
-    """Drops a peer that answers no ping. uvicorn waits until it has read what was sent, which it may never do."""
+    """Drops peers that do not read. uvicorn waits until they have read what was sent, which they may never do."""
+
+    async def run_asgi(self) -> None:
+        self.scope["headway.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        await super().run_asgi()
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if self.close_sent:
+            self._abort_soon()
+
+    def shutdown(self) -> None:
+        super().shutdown()
+        self._abort_soon()
 
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()
         self.transport.abort()
+
+    def _abort_soon(self) -> None:
+        self.loop.call_later(GOODBYE, self.transport.abort)

@@ -177,8 +177,11 @@ async def happen(database: asyncpg.Connection, job_id: str, count: int) -> None:
 
 
 async def test_a_slow_reader_misses_nothing(
-    settings: Settings, redis: Redis, tenant: Tenant, database: asyncpg.Connection
+    settings: Settings, redis: Redis, tenant: Tenant, database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from services.web.live import session  # Django must be set up
+
+    monkeypatch.setattr(session, "HEARTBEAT", 0.5)
     async with idle(settings, tenant) as http:
         job_id = (await submit(http))["id"]
         async with socket(http, job_id, max_queue=1) as ws, asyncio.timeout(20):
@@ -205,7 +208,7 @@ async def test_a_reader_that_stops_reading_is_let_go(
     settings: Settings, redis: Redis, tenant: Tenant, database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from services.web import __main__ as main  # Django must be set up
-    from services.web.live import consumers
+    from services.web.live import session, sessions
 
     def impatient(*args: Any) -> Any:
         config = original(*args)
@@ -214,7 +217,8 @@ async def test_a_reader_that_stops_reading_is_let_go(
 
     original = main.server_config
     monkeypatch.setattr(main, "server_config", impatient)
-    monkeypatch.setattr(consumers, "PATIENCE", 0.5)
+    monkeypatch.setattr(sessions, "PATIENCE", 0.5)
+    monkeypatch.setattr(session, "HEARTBEAT", 0.5)
     before = connections()
     async with idle(settings, tenant) as http:
         job_id = (await submit(http))["id"]

@@ -20,10 +20,18 @@ REFUSAL = "Send `Authorization: Bearer hw_live_…` with a key that is neither r
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The tenant that a request acts for, and the key it came with."""
+    """Who a request or a session acts for: the tenant, the key it came with, and what it may do.
+
+    `user` is the name that others in a room see. `jobs` and `rooms` are what may be followed and joined; None is all of
+    the tenant's.
+    """
 
     tenant_id: UUID
     key_id: str
+    user: str
+    jobs: frozenset[UUID] | None = None
+    rooms: frozenset[str] | None = None
+    publish: bool = True
 
 
 class Keyring:
@@ -54,7 +62,7 @@ class Keyring:
         row = await self._store.get_key(key.id) if key else None
         if key is None or row is None or not hmac.compare_digest(row[1], key.digest(self._pepper)):
             raise Unauthenticated(REFUSAL)
-        return Principal(row[0], key.id)
+        return Principal(row[0], key.id, row[2])
 
 
 def bearer(header: str) -> str:

@@ -1,0 +1,185 @@
+"""The writer of a session: lines wait here in order, bounded, until one task has sent them."""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import structlog
+
+from headway import metrics
+from services.web.live.lines import Line
+
+# Lines that may wait for a client, and their bytes. Progress, of which only the newest waits, does not count.
+MOST_LINES = 256
+MOST_BYTES = 1 << 20
+# What is read from Postgres is put in only while less than this waits.
+ROOM_LINES = MOST_LINES // 4
+ROOM_BYTES = MOST_BYTES // 4
+# What is not urgent leaves this often, in one go.
+FLUSH_EVERY = 0.05
+# Lines and bytes that a frame may hold where a client takes several in one.
+FRAME_LINES = 64
+FRAME_BYTES = 64 << 10
+
+SLOW = 4008
+SLOW_REASON = "You read more slowly than events come; connect again with `since`."
+
+log = structlog.get_logger(__name__)
+
+
+class Transport(Protocol):
+    """Where lines go: a WebSocket, or an SSE stream."""
+
+    # Whether several lines may be sent at once.
+    batch: bool
+
+    async def send(self, lines: Sequence[Line]) -> None:
+        """Waits while the client does not read. Raises OSError once it has gone."""
+
+    async def close(self, code: int, reason: str) -> None:
+        """Say goodbye. Raises OSError once the client has gone."""
+
+    def abort(self) -> None:
+        """Drop the connection, whatever still waits to be read."""
+
+
+class Writer:
+    """Sends lines in the order in which they were put in, from a task that lives only while there are any."""
+
+    __slots__ = (
+        "_bytes",
+        "_ending",
+        "_flushed",
+        "_lines",
+        "_room",
+        "_task",
+        "_timer",
+        "_transport",
+        "_waiting",
+        "since",
+    )
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._waiting: deque[Line] = deque()
+        self._lines = 0
+        self._bytes = 0
+        self._flushed = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._room: asyncio.Event | None = None
+        self._ending: tuple[int, str] | None = None
+        # Since when the client has not taken what was sent to it; None if it has.
+        self.since: float | None = None
+
+    @property
+    def ending(self) -> bool:
+        """Whether the session is over, or about to be: nothing more is taken."""
+        return self._ending is not None
+
+    def put(self, line: Line, *, urgent: bool = True) -> None:
+        """Send a line after those that wait: at once, or if it is not urgent, within 50 ms.
+
+        If more waits than may, the session is closed as slow.
+        """
+        if self._ending is not None:
+            return
+        self._waiting.append(line)
+        if line.durable:
+            self._lines += 1
+            self._bytes += line.size
+            if self._lines > MOST_LINES or self._bytes > MOST_BYTES + line.size:
+                self._waiting.clear()
+                metrics.live_slow.inc()
+                self.end(SLOW, SLOW_REASON)
+                return
+        self._schedule(urgent)
+
+    async def room(self) -> None:
+        """Wait until more may be put in: for whoever has more to say than may wait."""
+        while self._ending is None and (self._lines > ROOM_LINES or self._bytes > ROOM_BYTES):
+            if self._room is None:
+                self._room = asyncio.Event()
+            self._room.clear()
+            await self._room.wait()
+
+    def end(self, code: int, reason: str = "") -> None:
+        """Close the session once what waits is sent."""
+        if self._ending is None:
+            self._ending = (code, reason)
+            self._schedule(True)
+            self._make_room()
+
+    def drop(self) -> None:
+        """The client has gone, or is to go at once: send nothing more."""
+        self._ending = self._ending or (1006, "")
+        self._waiting.clear()
+        self._make_room()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def done(self) -> None:
+        """Wait until what waits now is sent."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    def _schedule(self, urgent: bool) -> None:
+        if self._task is not None:
+            return
+        loop = asyncio.get_running_loop()
+        due = self._flushed + FLUSH_EVERY
+        if urgent or due <= loop.time():
+            self._start()
+        elif self._timer is None:
+            self._timer = loop.call_at(due, self._start)
+
+    def _start(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._task is None:
+            self._task = asyncio.create_task(self._flush())
+
+    async def _flush(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while self._waiting:
+                lines = self._take()
+                self.since = loop.time()
+                await self._transport.send(lines)
+                self.since = None
+                for line in lines:
+                    if line.durable:
+                        self._lines -= 1
+                        self._bytes -= line.size
+                if self._room is not None and self._lines <= ROOM_LINES and self._bytes <= ROOM_BYTES:
+                    self._room.set()
+            if self._ending is not None:
+                self.since = loop.time()
+                await self._transport.close(*self._ending)
+                self.since = None
+        except OSError as error:
+            log.debug("a client has gone", error=repr(error))
+            self._ending = self._ending or (1006, "")
+            self._waiting.clear()
+            self._make_room()
+        finally:
+            self._flushed = loop.time()
+            self._task = None
+
+    def _take(self) -> Sequence[Line]:
+        first = self._waiting.popleft()
+        if not self._transport.batch:
+            return (first,)
+        lines, size = [first], first.size
+        while self._waiting and len(lines) < FRAME_LINES and size < FRAME_BYTES:
+            lines.append(line := self._waiting.popleft())
+            size += line.size
+        return lines
+
+    def _make_room(self) -> None:
+        if self._room is not None:
+            self._room.set()
