@@ -7,6 +7,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -23,6 +24,8 @@ PREFIX = "headway"
 CHANNEL = f"{PREFIX}__group__"
 MOST_WAITING = 20_000
 AT_ONCE = 200
+# Seconds that Redis is left alone after it has refused.
+PAUSE = 1.0
 
 # ARGV: channel, message, channel, message, …
 PUBLISH_ALL = """
@@ -34,9 +37,22 @@ end
 log = structlog.get_logger(__name__)
 
 
+# The group that everyone who follows anything is in.
+EVERYONE = "everyone"
+# Tells them that events were lost: they are to look at the record.
+LOST = {"type": "lost"}
+# Tells a tenant's group that there are new durable events.
+HINT = {"type": "hint"}
+
+
 def group(job_id: UUID) -> str:
     """The group that a job's events are sent to."""
     return f"job.{job_id}"
+
+
+def tenant_group(tenant_id: UUID) -> str:
+    """The group that is told of all jobs of a tenant: their progress, and by a HINT that the record has more."""
+    return f"tenant.{tenant_id}"
 
 
 class Layer(RedisPubSubChannelLayer):  # type: ignore[misc]
@@ -56,8 +72,11 @@ class Layer(RedisPubSubChannelLayer):  # type: ignore[misc]
     async def group_send_all(self, messages: Sequence[tuple[str, dict[str, Any]]]) -> None:
         """Send each message to all subscribers of its group, in order."""
         arguments: list[str | bytes] = []
+        encoded, data = None, b""
         for name, sent in messages:
-            arguments += (CHANNEL + name, self.serialize(sent))
+            if sent is not encoded:
+                encoded, data = sent, self.serialize(sent)
+            arguments += (CHANNEL + name, data)
         await self._publish_all(args=arguments)
 
 
@@ -85,6 +104,9 @@ class Events:
     def __init__(self, channel_layer: Layer) -> None:
         self.layer = channel_layer
         self._waiting: deque[Event] = deque()
+        self._submitted: set[UUID] = set()
+        self._lost = False
+        self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def publish(self, event: Event) -> None:
@@ -92,33 +114,66 @@ class Events:
         if len(self._waiting) >= MOST_WAITING:
             self._waiting.popleft()
             metrics.events_dropped.inc()
+            self._lost = True
         self._waiting.append(event)
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._send())
+        self._start()
+
+    def submitted(self, tenant_id: UUID) -> None:
+        """Tell whoever follows a tenant's jobs that there are new ones; nobody follows these one by one yet."""
+        self._submitted.add(tenant_id)
+        self._start()
 
     async def close(self) -> None:
         """Send what waits, then disconnect."""
+        self._closing.set()
         if self._task is not None:
             await self._task
         await self.layer.flush()
         await self.layer.redis.aclose()
 
+    def _start(self) -> None:
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._send())
+
     async def _send(self) -> None:
-        while self._waiting:
+        while self._waiting or self._submitted or self._lost:
             events = [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
             try:
                 await self._publish(events)
             except (RedisError, OSError) as error:
                 dropped = len(events) + len(self._waiting)
                 self._waiting.clear()
+                self._submitted.clear()
+                self._lost = True
                 metrics.events_dropped.inc(dropped)
                 log.warning("live events were not sent; readers re-read them", events=dropped, error=str(error))
+                if self._closing.is_set():
+                    return
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(PAUSE):
+                        await self._closing.wait()
 
     async def _publish(self, events: Sequence[Event]) -> None:
         """Send what somebody follows: most events nobody does, and these are not even encoded.
 
         Who subscribes after the question reads the job after that, and so finds what is committed by now.
         """
-        heard = await self.layer.heard({group(event.job_id) for event in events})
-        if messages := [(name, message(event)) for event in events if (name := group(event.job_id)) in heard]:
+        submitted, self._submitted = self._submitted, set()
+        hinted = {tenant_group(tenant_id) for tenant_id in submitted}
+        hinted |= {tenant_group(event.tenant_id) for event in events if event.type != "progress"}
+        tenants = {tenant_group(event.tenant_id) for event in events}
+        heard = await self.layer.heard({*hinted, *tenants, *(group(event.job_id) for event in events), EVERYONE})
+        messages: list[tuple[str, dict[str, Any]]] = []
+        if self._lost and EVERYONE in heard:
+            messages.append((EVERYONE, LOST))
+        for event in events:
+            names = [group(event.job_id)]
+            if event.type == "progress":
+                names.append(tenant_group(event.tenant_id))
+            if followed := [name for name in names if name in heard]:
+                sent = message(event)
+                messages += [(name, sent) for name in followed]
+        messages += [(name, HINT) for name in hinted & heard]
+        if messages:
             await self.layer.group_send_all(messages)
+        self._lost = False

@@ -185,6 +185,7 @@ class Event:
     """
 
     job_id: UUID
+    tenant_id: UUID
     epoch: int
     seq: int
     type: EventType

@@ -224,6 +224,7 @@ class Lifecycle:
         for job, position, first in accepted:
             if first is None:
                 metrics.series(metrics.jobs_submitted, job.kind).inc()
+                self._events.submitted(job.tenant_id)
                 if job.state is JobState.QUEUED:
                     self._due(job.id, position, _key(job))
         return [(job, first) for job, _, first in accepted]

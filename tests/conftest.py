@@ -16,7 +16,6 @@ import asyncpg
 import httpx
 import psycopg
 import pytest
-import uvicorn
 from redis.asyncio import Redis
 from uuid_utils.compat import uuid7
 
@@ -133,11 +132,11 @@ async def tenant(database: asyncpg.Connection) -> Tenant:
 @asynccontextmanager
 async def web(settings: Settings, *, port: int = 0) -> AsyncIterator[str]:
     """The web service on uvicorn, as it is served; yields its URL."""
-    from services.web.__main__ import server_config
+    from services.web.__main__ import Server, server_config
     from services.web.asgi import Application
 
     listener = socket.create_server((settings.host, port))
-    server = uvicorn.Server(server_config(Application(settings), settings))
+    server = Server(server_config(Application(settings), settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         assert not serving.done(), "the web service did not start"

@@ -120,7 +120,7 @@ class Store:
         With `waiting` those that waited for children, all of which have ended.
         """
         rows = await self.rows(sql.WAKE if waiting else sql.PROMOTE, limit)
-        return [(_state_event(row), row["position"], _key(row)) for row in rows]
+        return [(_state_event(row, row["tenant_id"]), row["position"], _key(row)) for row in rows]
 
     async def claim(
         self, ids: Sequence[UUID], kinds: Sequence[str], worker: str, lease: timedelta
@@ -132,7 +132,11 @@ class Store:
             except asyncpg.UniqueViolationError:
                 metrics.claims_repeated.inc()
                 continue
-            claims = [(_claim(row), _state_event(row), row["waited"]) for row in rows if row["kind"] is not None]
+            claims = [
+                (_claim(row), _state_event(row, row["tenant_id"]), row["waited"])
+                for row in rows
+                if row["kind"] is not None
+            ]
             return claims, [key for row in rows if row["kind"] is None and (key := _key(row))]
         # Nothing is lost: a scan finds the jobs again.
         return [], []
@@ -155,7 +159,10 @@ class Store:
         records = [{"id": str(c.job_id), "token": c.token, "progress": progress} for c, progress in reports]
         rows = {(row["id"], row["token"]): row for row in await self.rows(sql.REPORT, records)}
         return [
-            (Event(claim.job_id, row["epoch"], row["seq"], "progress", progress), row["cancel_requested"])
+            (
+                Event(claim.job_id, claim.tenant_id, row["epoch"], row["seq"], "progress", progress),
+                row["cancel_requested"],
+            )
             if (row := rows.get((claim.job_id, claim.token)))
             else None
             for claim, progress in reports
@@ -163,7 +170,9 @@ class Store:
 
     async def log(self, claim: Claim, message: str, level: str) -> Event | None:
         rows = await self.rows(sql.LOG, claim.job_id, claim.token, message, level)
-        return Event(claim.job_id, rows[0]["epoch"], rows[0]["seq"], "log", rows[0]["data"]) if rows else None
+        if not rows:
+            return None
+        return Event(claim.job_id, claim.tenant_id, rows[0]["epoch"], rows[0]["seq"], "log", rows[0]["data"])
 
     async def save_checkpoint(self, claim: Claim, value: Any) -> bool:
         return bool(await self.rows(sql.CHECKPOINT, claim.job_id, claim.token, value))
@@ -171,13 +180,18 @@ class Store:
     async def finish(self, endings: Sequence[Ending]) -> list[Event | None]:
         """For each ending its event; None where the lease is lost."""
         records = [_finished(ending) for ending in endings]
-        events = {(row["id"], row["token"]): _state_event(row) for row in await self.rows(sql.FINISH, records)}
-        return [events.get((ending.claim.job_id, ending.claim.token)) for ending in endings]
+        rows = {(row["id"], row["token"]): row for row in await self.rows(sql.FINISH, records)}
+        return [
+            _state_event(row, ending.claim.tenant_id)
+            if (row := rows.get((ending.claim.job_id, ending.claim.token)))
+            else None
+            for ending in endings
+        ]
 
     async def ended_by(self, ending: Ending) -> Event | None:
         """The event by which the attempt ended like this, if it did."""
         rows = await self.rows(sql.ENDED_BY, ending.claim.job_id, ending.claim.token, ending.state.value)
-        return _state_event(rows[0]) if rows else None
+        return _state_event(rows[0], ending.claim.tenant_id) if rows else None
 
     async def release(self, claim: Claim) -> list[tuple[str, Event, float, Key | None]]:
         """The kind, event, position and concurrency key of the job, if the claim still holds."""
@@ -192,12 +206,14 @@ class Store:
 
     async def wait(self, claim: Claim, progress: Mapping[str, Any]) -> Event | None:
         rows = await self.rows(sql.WAIT, claim.job_id, claim.token, progress)
-        return _state_event(rows[0]) if rows else None
+        return _state_event(rows[0], claim.tenant_id) if rows else None
 
     async def tally(self, limit: int) -> list[Event]:
         """The event of each waiting job whose progress changed."""
         rows = await self.rows(sql.TALLY, limit)
-        return [Event(row["id"], row["epoch"], row["seq"], "progress", row["progress"]) for row in rows]
+        return [
+            Event(row["id"], row["tenant_id"], row["epoch"], row["seq"], "progress", row["progress"]) for row in rows
+        ]
 
     async def rescue(
         self, most_crashes: int, error: JobError, limit: int
@@ -212,7 +228,7 @@ class Store:
 
     async def cancel(self, ids: Sequence[UUID], tenant_id: UUID) -> list[tuple[Job, Event]]:
         """Each job that the request changed, and the event of it."""
-        return [(as_job(row), _state_event(row)) for row in await self.rows(sql.CANCEL, ids, tenant_id)]
+        return [(as_job(row), _state_event(row, tenant_id)) for row in await self.rows(sql.CANCEL, ids, tenant_id)]
 
     async def get(self, job_id: UUID, tenant_id: UUID) -> Job | None:
         rows = await self.rows(reads.GET, job_id, tenant_id)
@@ -234,7 +250,7 @@ class Store:
 
     async def events(self, job_id: UUID, tenant_id: UUID, *, after: int, limit: int) -> list[Event]:
         rows = await self.rows(reads.EVENTS, job_id, tenant_id, after, limit)
-        return [Event(row["id"], row["epoch"], row["seq"], row["type"], row["data"]) for row in rows]
+        return [Event(row["id"], tenant_id, row["epoch"], row["seq"], row["type"], row["data"]) for row in rows]
 
     async def artifacts(self, job_id: UUID, tenant_id: UUID) -> list[Artifact]:
         return [Artifact(**row) for row in await self.rows(reads.ARTIFACTS, job_id, tenant_id)]
@@ -278,6 +294,7 @@ class Store:
 
 
 def as_job(row: asyncpg.Record) -> Job:
+    """A row with the columns of `sql.JOB`."""
     values = {name: row[name] for name in Job.__slots__}
     return Job(
         **{
@@ -316,8 +333,8 @@ def _key(row: asyncpg.Record) -> Key | None:
 
 
 def _given_back(row: asyncpg.Record) -> tuple[str, Event, float, Key | None]:
-    return row["kind"], _state_event(row), row["position"], _key(row)
+    return row["kind"], _state_event(row, row["tenant_id"]), row["position"], _key(row)
 
 
-def _state_event(row: asyncpg.Record) -> Event:
-    return Event(row["id"], row["epoch"], row["seq"], "state", row["data"])
+def _state_event(row: asyncpg.Record, tenant_id: UUID) -> Event:
+    return Event(row["id"], tenant_id, row["epoch"], row["seq"], "state", row["data"])

@@ -67,6 +67,11 @@ class Found:
     whole: bool
     tail: list[Event] | None
 
+    @property
+    def ended(self) -> bool:
+        """Whether the job has ended, and all of it is held."""
+        return self.job.state.terminal and self.tail == []
+
 
 class LiveStore:
     """Reads for live sessions."""
@@ -87,7 +92,7 @@ class LiveStore:
             job = as_job(row)
             tail = None
             if row["fits"]:
-                tail = [Event(job.id, job.epoch, *event) for event in row["tail"]]
+                tail = [Event(job.id, job.tenant_id, job.epoch, *event) for event in row["tail"]]
             found[row["place"] - 1] = Found(job, row["whole"], tail)
         return found
 

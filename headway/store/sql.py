@@ -389,7 +389,7 @@ UPDATE jobs SET
     progress = jsonb_set(progress, '{{done}}', to_jsonb((progress ->> 'total')::bigint - waiting.open)), seq = seq + 1
 FROM waiting
 WHERE jobs.id = waiting.id AND (progress ->> 'done')::bigint <> (progress ->> 'total')::bigint - waiting.open
-RETURNING jobs.id, jobs.epoch, jobs.seq, jobs.progress
+RETURNING jobs.id, jobs.tenant_id, jobs.epoch, jobs.seq, jobs.progress
 """
 
 # Take back jobs whose lease ran out. The crash is counted apart from attempts; at $1 crashes the job fails.

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 import sys
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,21 @@ def server_config(application: "Application", config: Settings) -> uvicorn.Confi
     )
 
 
+class Server(uvicorn.Server):
+    """uvicorn, which tells live sessions that it stops before it cuts their connections."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if (app := self.config.app.app) is not None:  # type: ignore[union-attr]  # it is our Application
+            await app.sessions.restart()
+        await super().shutdown(sockets)
+
+
 async def serve(config: Settings) -> None:
     """Serve until SIGTERM or SIGINT; running requests get `drain` seconds to finish."""
     from services.web.asgi import application  # noqa: PLC0415  # after logging is set up
 
     app = await application.open()
-    server = uvicorn.Server(server_config(application, config))
+    server = Server(server_config(application, config))
 
     async def ready() -> str | None:
         if server.should_exit:

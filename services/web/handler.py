@@ -22,6 +22,7 @@ from headway.errors import MethodNotAllowed, NotFound, Unavailable
 from services.web.api.answers import CLIENT_LEFT, nothing, on_exception, refuse
 from services.web.api.auth import bearer
 from services.web.api.request import ApiRequest
+from services.web.live.stream import EventStream
 
 STREAMED = ("POST", "/api/v1/files")
 # Seconds that a client which still sends is listened to, so that it gets to read why its body is refused.
@@ -60,6 +61,11 @@ class ApiHandler(ASGIHandler):
         request = ApiRequest(scope, receive)
         response = await self._middleware_chain(request)
         if response.status_code == CLIENT_LEFT:
+            return
+        if isinstance(response, EventStream):
+            # An idle stream is to hold nothing that it does not need.
+            del request
+            await response.serve(receive, send)
             return
         if response.streaming:
             await self._stream(response, receive, send)
@@ -104,6 +110,8 @@ class ApiHandler(ASGIHandler):
             response: HttpResponseBase = await found.func(request, *found.args, **found.kwargs)
         finally:
             request.method = "HEAD"
+        if isinstance(response, EventStream):
+            return response.head()
         if response.streaming:
             response.streaming_content = nothing()  # type: ignore[attr-defined]
         return response

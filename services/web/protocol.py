@@ -9,7 +9,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from headway.errors import BadRequest
 
-# Seconds that a peer has to read the end of what it was sent.
+# Seconds that a peer has to read the end of what it was sent when the server stops.
 GOODBYE = 3.0
 MOST_HEAD = 64 * 1024
 MOST_HEADERS = 100
@@ -26,6 +26,11 @@ class Http(HttpToolsProtocol):
     _in_head = False
     _held = 0
 
+    def on_message_begin(self) -> None:
+        self._in_head, self._held = True, 0
+        super().on_message_begin()
+        self.scope["headway.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+
     def data_received(self, data: bytes) -> None:
         # The parser says nothing before a header is whole, so its bytes are counted here.
         self._held += len(data)
@@ -33,10 +38,6 @@ class Http(HttpToolsProtocol):
             self.send_400_response("")
             return
         super().data_received(data)
-
-    def on_message_begin(self) -> None:
-        self._in_head, self._held = True, 0
-        super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if len(self.headers) == MOST_HEADERS:
@@ -68,15 +69,15 @@ class WebSocket(WebSocketsSansIOProtocol):
     async def send(self, message: Any) -> None:
         await super().send(message)
         if self.close_sent:
-            self._abort_soon()
+            self._abort_after(self.close_timeout)
 
     def shutdown(self) -> None:
         super().shutdown()
-        self._abort_soon()
+        self._abort_after(GOODBYE)
 
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()
         self.transport.abort()
 
-    def _abort_soon(self) -> None:
-        self.loop.call_later(GOODBYE, self.transport.abort)
+    def _abort_after(self, seconds: float) -> None:
+        self.loop.call_later(seconds, self.transport.abort)

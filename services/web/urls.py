@@ -12,7 +12,7 @@ from ninja.openapi.schema import OpenAPISchema
 from ninja.operation import Operation
 from ninja.parser import Parser
 
-from services.web.api import artifacts, files, jobs, kinds, schedules
+from services.web.api import artifacts, events, files, jobs, kinds, schedules
 from services.web.api.answers import on_exception
 from services.web.api.bodies import parse
 
@@ -57,6 +57,7 @@ for error in (Exception, HttpError, ValidationError):
     api.add_exception_handler(error, on_exception)  # type: ignore[arg-type]  # it is given instances only
 api.add_router("/jobs", jobs.router)
 api.add_router("/jobs", artifacts.router)
+api.add_router("", events.router)
 api.add_router("/files", files.router)
 api.add_router("/kinds", kinds.router)
 api.add_router("/schedules", schedules.router)

@@ -628,7 +628,7 @@ async def test_state_result_and_artifacts_become_visible_together(engine: Engine
     assert job.finished_at is not None
     assert await engine.store.artifacts(claim.job_id, engine.tenant.id) == [ARTIFACT]
     last = (await engine.events(claim.job_id))[-1]
-    assert last == Event(claim.job_id, 1, 3, "state", last.data)
+    assert last == Event(claim.job_id, claim.tenant_id, 1, 3, "state", last.data)
     assert {key: last.data[key] for key in ("state", "error", "progress", "attempt")} == {
         "state": "failed",
         "error": error,

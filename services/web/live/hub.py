@@ -14,7 +14,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import RedisError
 
 from headway import metrics
-from headway.events import CHANNEL, Layer
+from headway.events import CHANNEL, EVERYONE, Layer
 
 # Redis is asked for a sign of life when it was silent this long, and taken for lost after SILENCE.
 BEAT = 1.0
@@ -25,8 +25,6 @@ LONGEST_PAUSE = 1.0
 # Messages after which others get their turn: the writers of those who listen, above all.
 TURN = 50
 AT_ONCE = 1000
-# Always subscribed to, so that a connection without listeners is one of a subscriber too.
-IDLE = "idle"
 
 log = structlog.get_logger(__name__)
 
@@ -41,8 +39,8 @@ class Listener(Protocol):
 class Hub:
     """Spreads what Redis brings among the listeners of this process.
 
-    `decode` makes of a message what listeners hear. `restored` is called when all topics are subscribed to after a time
-    in which messages may have been lost.
+    `decode` makes of a message what listeners hear. `restored` is called when messages may have been lost, and all
+    topics are heard again.
     """
 
     def __init__(self, redis_url: str, layer: Layer, decode: Callable[[dict[str, Any]], Any]) -> None:
@@ -136,7 +134,7 @@ class Hub:
 
     async def _begin(self, connection: PubSub) -> None:
         self._changed.clear()
-        topics = [IDLE, *self._listeners]
+        topics = [EVERYONE, *self._listeners]
         self._asked = set(topics)
         self._expected = len(topics)
         for first in range(0, len(topics), AT_ONCE):
@@ -190,6 +188,9 @@ class Hub:
                 self.restored()
 
     def _spread(self, topic: str, data: bytes) -> None:
+        if topic == EVERYONE:
+            self.restored()
+            return
         listeners = self._listeners.get(topic)
         if not listeners:
             return

@@ -86,7 +86,7 @@ class JobsPart:
                 if job is not None:
                     await one.begin(job)
 
-        return Opening(names, refused, send)
+        return Opening(names, refused, send, complete=all(job is None or job.ended for job in found.values()))
 
     def refresh(self, jobs: Sequence[UUID]) -> None:
         """Send a fresh snapshot of each of these jobs that is followed."""

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
@@ -42,12 +42,14 @@ log = structlog.get_logger(__name__)
 class Opening:
     """What came of a wish to subscribe: what holds now, an `error` for each item that does not, and what to do next.
 
-    `send` is called once the client is told: it sends snapshots and what was missed.
+    `send` is called once the client is told: it sends snapshots and what was missed. If it is `complete`, the client
+    has all that there will ever be.
     """
 
     names: Sequence[str]
     refused: Sequence[dict[str, Any]]
-    send: Callable[[], Awaitable[None]]
+    send: Callable[[], Coroutine[Any, Any, None]]
+    complete: bool = False
 
 
 class Part(Protocol):
@@ -100,7 +102,7 @@ class Session:
         self.parts: dict[str, Any] = {}
         # Whether the session ends with the one job that it follows.
         self.single = False
-        # Whether lines of the protocol's own, heartbeats above all, are understood.
+        # Whether the client understands heartbeats, and what else is not about a job.
         self.hello = False
         self._sessions = sessions
         self._commands: deque[str] = deque()

@@ -26,8 +26,8 @@ TICK = 1.0
 CHECK_EVERY = 2.0
 # Seconds that a client may not read what was sent to it.
 PATIENCE = 10.0
-# Seconds that a restart waits until sessions are told.
-GOODBYE = 1.0
+# Seconds that a client has to read that the server stops.
+GOODBYE = 3.0
 
 log = structlog.get_logger(__name__)
 
@@ -71,17 +71,19 @@ class Sessions:
             del self._held[who]
 
     async def restart(self) -> None:
-        """Tell all that this process ends, and close them; those that do not read are left to the server."""
+        """Tell all that this process ends, and close them; those that do not read it are dropped."""
         self._stopping = True
         for session in self.open:
             if session.hello:
                 session.put("bye", {"reason": "restart"})
             session.close(RESTART)
-        told = [asyncio.create_task(session.writer.done()) for session in self.open]
+        told = {asyncio.create_task(session.writer.done()): session for session in self.open}
         if told:
             _, late = await asyncio.wait(told, timeout=GOODBYE)
             for task in late:
                 task.cancel()
+                told[task].writer.drop()
+                told[task].transport.abort()
 
     async def close(self) -> None:
         tasks = [task for task in (self._pulse, self._checking) if task is not None]
