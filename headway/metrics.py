@@ -50,6 +50,7 @@ live_rechecks = Counter("headway_live_rechecks_total", "Times that all sessions 
 live_repairs = Counter("headway_live_repairs_total", "Events that Redis lost, read from the record for a session.")
 live_slow = Counter("headway_live_slow_total", "Sessions that were closed because their client did not keep up.")
 http_requests = Counter("headway_http_requests_total", "Requests to the API.", ["method", "route", "status"])
+http_waits = Gauge("headway_http_waits", "Requests that are held until their job ends.")
 http_time = Histogram(
     "headway_http_request_seconds",
     "Time from a request's head until its answer is ready to be sent.",

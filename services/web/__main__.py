@@ -44,10 +44,11 @@ def server_config(application: "Application", config: Settings) -> uvicorn.Confi
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which tells live sessions that it stops before it cuts their connections."""
+    """uvicorn, which tells those who wait or follow that it stops before it cuts their connections."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if (app := self.config.app.app) is not None:  # type: ignore[union-attr]  # it is our Application
+            app.waits.restart()
             await app.sessions.restart()
         await super().shutdown(sockets)
 

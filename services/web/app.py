@@ -17,6 +17,7 @@ from services.web.live.hub import Hub
 from services.web.live.jobs import Jobs
 from services.web.live.lines import heard
 from services.web.live.sessions import Sessions
+from services.web.live.waits import Waits
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class App:
     catalog: Catalog
     hub: Hub
     sessions: Sessions
+    waits: Waits
     queue: Queue
     events: Events
 
@@ -44,7 +46,7 @@ class App:
         jobs = Queue(queue.connect(redis_url))
         events = Events(layer(redis_url))
         hub = Hub(redis_url, events.layer, heard)
-        live = LiveStore(store)
+        followed = Jobs(LiveStore(store), hub)
         lifecycle = Lifecycle(store, jobs, events)
         return cls(
             settings=settings,
@@ -55,7 +57,8 @@ class App:
             keyring=Keyring(store, settings.key_pepper.get_secret_value()),
             catalog=Catalog(store),
             hub=hub,
-            sessions=Sessions(hub, {"jobs": Jobs(live, hub)}, most=settings.connections),
+            sessions=Sessions(hub, {"jobs": followed}, most=settings.connections),
+            waits=Waits(followed.find, hub),
             queue=jobs,
             events=events,
         )

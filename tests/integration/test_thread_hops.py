@@ -103,6 +103,7 @@ async def test_a_thousand_requests_of_all_sorts_make_no_hop(api: Api, monkeypatc
         (200, ("GET", "/api/v1/jobs?limit=5&state=queued")),
         (200, ("GET", path)),
         (200, ("HEAD", path)),
+        (200, ("GET", f"{path}?wait=0.001")),
         (200, ("GET", f"{path}/artifacts")),
         (202, ("POST", "/api/v1/jobs", json.dumps(COUNTDOWN).encode())),
         (201, ("POST", "/api/v1/files?name=a.csv", b"a,b\n1,2\n")),

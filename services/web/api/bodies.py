@@ -16,7 +16,7 @@ Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 
 class Disconnected(Exception):
-    """The client went away before its body was whole."""
+    """The client went away before its body was whole, or while it waited for an answer."""
 
 
 class Body:
@@ -48,6 +48,11 @@ class Body:
             async with asyncio.timeout(wait):
                 async for _ in self.chunks():
                     pass
+
+    async def left(self) -> None:
+        """Wait until the client, whose body has been read, goes away."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
 
     async def whole(self, limit: int) -> bytes:
         """All of it in memory. Raises TooLarge past `limit` bytes."""

@@ -1,5 +1,6 @@
 """`/jobs`: submit, read, cancel, retry."""
 
+import asyncio
 import base64
 import re
 import time
@@ -27,7 +28,9 @@ from headway.job import (
 from headway.states import JobState
 from headway.submission import NewJob
 from services.web.api.answers import answer, not_modified
+from services.web.api.bodies import Disconnected
 from services.web.api.request import ApiRequest
+from services.web.live.waits import LONGEST
 
 FARTHEST = 400 * 86400.0
 # A client's clock may be this far off before its run_at counts as past.
@@ -36,6 +39,7 @@ CLOCKS = 60.0
 BULK = 500
 BULK_TIME = 20.0
 KEY = re.compile(r"[!-~]{1,255}")
+PREFER_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?([0-9]{1,9})\"?\s*(?:$|[,;])", re.ASCII | re.IGNORECASE)
 
 router = Router(tags=["jobs"])
 
@@ -129,9 +133,22 @@ class Bulk(Schema):
         return self
 
 
-@router.post("", summary="Submit a job", response={202: None})
+class Wait(Schema):
+    """How long to hold the answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    wait: float = Field(
+        default=0, ge=0, description=f"Seconds to hold the answer for the job's end; {LONGEST:.0f} at most count."
+    )
+
+
+@router.post("", summary="Submit a job", response={200: None, 202: None})
 async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
-    """Answers 202 once the job is committed; `Location` is where to follow it."""
+    """Answers 202 once the job is committed; `Location` is where to follow it.
+
+    With `Prefer: wait=N` the answer is held for N seconds, 60 at most: 200 with the job if it ends in that time.
+    """
     request.only()
     app, tenant_id = request.app, request.auth.tenant_id
     entry = await app.catalog.check(job.kind, job.input)
@@ -151,7 +168,13 @@ async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
             idempotency_key=idempotency_key(request),
         )
     )
-    return submitted(accepted, created=created)
+    seconds = _preferred_wait(request)
+    if seconds is not None:
+        accepted = await _end(request, accepted.id, seconds) or accepted
+    response = submitted(accepted, created=created)
+    if seconds is not None:
+        response.headers["Preference-Applied"] = f"wait={seconds:g}"
+    return response
 
 
 @router.get("", summary="List jobs, newest first")
@@ -177,9 +200,15 @@ async def list_jobs(request: ApiRequest, wanted: Query[Filter]) -> HttpResponse:
 
 
 @router.get("/{uuid:job_id}", summary="One job")
-async def get_job(request: ApiRequest, job_id: UUID) -> HttpResponse:
-    """The job as it is now. `ETag` changes with every event; with `If-None-Match` the answer may be 304."""
-    job = await find_job(request, job_id)
+async def get_job(request: ApiRequest, job_id: UUID, held: Query[Wait]) -> HttpResponse:
+    """The job as it is now; with `wait=N` as it is once it has ended, or after N seconds, 60 at most.
+
+    `ETag` changes with every event; with `If-None-Match` the answer may be 304.
+    """
+    request.only(Wait)
+    job = await _end(request, job_id, held.wait) if held.wait else await _job(request, job_id)
+    if job is None:
+        raise _no_job(job_id)
     etag = f'"{job.epoch}-{job.seq}"'
     if known(request, etag):
         return not_modified({"ETag": etag})
@@ -246,9 +275,9 @@ def submitted(job: Job, *, created: bool) -> HttpResponse:
     """The answer to a submission, and the job's id in the log line of the request."""
     bind_contextvars(job_id=str(job.id))
     headers = {"Location": f"/api/v1/jobs/{job.id}"}
-    if created:
-        return answer(job.as_json(), 202, headers)
-    return answer(job.as_json(), 200, {**headers, "Idempotent-Replayed": "true"})
+    if not created:
+        headers["Idempotent-Replayed"] = "true"
+    return answer(job.as_json(), 202 if created and not job.state.terminal else 200, headers)
 
 
 def known(request: ApiRequest, etag: str) -> bool:
@@ -260,10 +289,38 @@ def known(request: ApiRequest, etag: str) -> bool:
 async def find_job(request: ApiRequest, job_id: UUID) -> Job:
     """The tenant's job, for a request without parameters. Raises NotFound."""
     request.only()
-    job = await request.app.store.get(job_id, request.auth.tenant_id)
-    if job is None:
-        raise NotFound(f"There is no job {job_id}.")
+    if (job := await _job(request, job_id)) is None:
+        raise _no_job(job_id)
     return job
+
+
+async def _job(request: ApiRequest, job_id: UUID) -> Job | None:
+    return await request.app.store.get(job_id, request.auth.tenant_id)
+
+
+def _no_job(job_id: UUID) -> NotFound:
+    return NotFound(f"There is no job {job_id}.")
+
+
+async def _end(request: ApiRequest, job_id: UUID, seconds: float) -> Job | None:
+    """The job once it has ended, or as it is after so many seconds. Raises Disconnected once nobody waits any more."""
+    ending = asyncio.create_task(request.app.waits.ended(job_id, request.auth.tenant_id, seconds))
+    leaving = asyncio.create_task(request.incoming.left())
+    try:
+        await asyncio.wait({ending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if ending.done():
+            return ending.result()
+        raise Disconnected
+    finally:
+        ending.cancel()
+        leaving.cancel()
+        await asyncio.gather(ending, leaving, return_exceptions=True)
+
+
+def _preferred_wait(request: ApiRequest) -> float | None:
+    """Seconds of `Prefer: wait=N`; what else a client may prefer is passed over, as RFC 7240 has it."""
+    found = PREFER_WAIT.search(request.headers.get("Prefer", ""))
+    return min(float(found[1]), LONGEST) if found else None
 
 
 def idempotency_key(request: ApiRequest) -> str | None:

@@ -39,7 +39,7 @@ class Listener(Protocol):
 class Hub:
     """Spreads what Redis brings among the listeners of this process.
 
-    `decode` makes of a message what listeners hear. `restored` is called when messages may have been lost, and all
+    `decode` makes of a message what listeners hear. `restored` are called when messages may have been lost, and all
     topics are heard again.
     """
 
@@ -56,12 +56,12 @@ class Hub:
         self._task: asyncio.Task[None] | None = None
         self._expected = 0
         self.away = False
-        self.restored: Callable[[], None] = lambda: None
+        self.restored: list[Callable[[], None]] = []
 
     async def join(self, *pairs: tuple[Listener, str]) -> bool:
         """Let each listener hear its topic from now on: True once Redis has acknowledged all of them.
 
-        False if it does not answer in time; `restored` then tells when they are heard.
+        False if it does not answer in time; `restored` are called once they are heard.
         """
         for listener, topic in pairs:
             if topic not in self._listeners:
@@ -185,11 +185,15 @@ class Hub:
             self._expected -= 1
             if not self._expected:
                 self.away = False
-                self.restored()
+                self._tell_restored()
+
+    def _tell_restored(self) -> None:
+        for tell in self.restored:
+            tell()
 
     def _spread(self, topic: str, data: bytes) -> None:
         if topic == EVERYONE:
-            self.restored()
+            self._tell_restored()
             return
         listeners = self._listeners.get(topic)
         if not listeners:

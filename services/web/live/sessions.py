@@ -45,7 +45,7 @@ class Sessions:
         self._checking: asyncio.Task[None] | None = None
         self._checked = 0.0
         self._stopping = False
-        hub.restored = self._restored
+        hub.restored.append(self._restored)
 
     def enter(self, session: Session) -> None:
         """Count a session in. Raises TooMany if its key and user have as many as they may."""
