@@ -5,8 +5,8 @@ Only `headway.lifecycle` calls what changes a job.
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -100,6 +100,20 @@ class Store:
             # asyncpg's error for a value that it cannot encode is of the class that says that a connection is closed.
             if isinstance(error, ValueError):
                 raise ValueError(str(error)) from error  # noqa: TRY004
+            metrics.database_failures.inc()
+            raise
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[Callable[..., Awaitable[list[asyncpg.Record]]]]:
+        """Several statements that see the same; what it yields is called as `rows` is. Raises one of OUTAGES."""
+        assert self._pool is not None, "open() first"
+        try:
+            async with (
+                self._pool.acquire(timeout=5) as connection,
+                connection.transaction(isolation="repeatable_read", readonly=True),
+            ):
+                yield connection.fetch
+        except OUTAGES:
             metrics.database_failures.inc()
             raise
 

@@ -1,8 +1,11 @@
-"""What live sessions read: jobs with the events after a seq, for many sessions at once."""
+"""What live sessions read of single jobs: each with the events after a seq, for many sessions at once."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
+
+import asyncpg
 
 from headway.job import Event, Job
 from headway.store import Store, as_job
@@ -10,13 +13,11 @@ from headway.store.sql import JOB
 
 # Events of a job that one statement reads at most.
 TAIL = 1000
-# Bytes of inputs and results, about, past which jobs are not read whole in the same statement.
+# Bytes of inputs, results and events, about, past which they are left out of an answer.
 MOST_BYTES = 4 << 20
 
 # What every job is read with; input and result may be large.
-_SMALL = ", ".join(
-    name for name in JOB.replace("\n", " ").replace(" ", "").split(",") if name not in ("input", "result")
-)
+SMALL = ", ".join(name for name in "".join(JOB.split()).split(",") if name not in ("input", "result"))
 
 # Jobs, each with the durable events after `since`, if its epoch is the one that is held and `since` not from the
 # future. Where that holds, or where the jobs before it fill the answer, input and result are left out.
@@ -32,7 +33,7 @@ WITH r AS (
         OVER (ORDER BY place ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) <= $6 AS whole
     FROM r
 )
-SELECT place, {_SMALL}, fits, whole,
+SELECT place, {SMALL}, fits, whole,
     CASE WHEN whole AND NOT fits THEN input END AS input, CASE WHEN whole AND NOT fits THEN result END AS result,
     CASE WHEN fits THEN ARRAY(
         SELECT jsonb_build_array(e.seq, e.type, e.data) FROM events e
@@ -51,8 +52,8 @@ class Wish:
 
     job_id: UUID
     tenant_id: UUID
-    since: int | None
-    epoch: int | None
+    since: int | None = None
+    epoch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,21 +82,23 @@ class LiveStore:
 
     async def find(self, wishes: Sequence[Wish]) -> list[Found | None]:
         """Each job that is wished for; None if the tenant has none of that id."""
-        columns = (
-            [wish.job_id for wish in wishes],
-            [wish.tenant_id for wish in wishes],
-            [wish.since for wish in wishes],
-            [wish.epoch for wish in wishes],
-        )
-        found: list[Found | None] = [None] * len(wishes)
-        for row in await self._store.rows(FIND, *columns, TAIL, MOST_BYTES):
-            job = as_job(row)
-            tail = None
-            if row["fits"]:
-                tail = [Event(job.id, job.tenant_id, job.epoch, *event) for event in row["tail"]]
-            found[row["place"] - 1] = Found(job, row["whole"], tail)
-        return found
+        return found_of(wishes, await self._store.rows(FIND, *columns_of(wishes), TAIL, MOST_BYTES))
 
     async def seqs(self, ids: Iterable[UUID]) -> dict[UUID, tuple[int, int]]:
         """Epoch and newest seq of each of these jobs that there is."""
         return {row["id"]: (row["epoch"], row["seq"]) for row in await self._store.rows(SEQS, list(ids))}
+
+
+def columns_of(wishes: Sequence[Wish]) -> tuple[list[Any], ...]:
+    """The parameters of FIND that say what is wished for."""
+    return tuple([getattr(wish, name) for wish in wishes] for name in ("job_id", "tenant_id", "since", "epoch"))
+
+
+def found_of(wishes: Sequence[Wish], rows: Sequence[asyncpg.Record]) -> list[Found | None]:
+    """The rows of FIND, each in the place of its wish."""
+    found: list[Found | None] = [None] * len(wishes)
+    for row in rows:
+        job = as_job(row)
+        tail = [Event(job.id, job.tenant_id, job.epoch, *event) for event in row["tail"]] if row["fits"] else None
+        found[row["place"] - 1] = Found(job, row["whole"], tail)
+    return found

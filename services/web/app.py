@@ -11,12 +11,14 @@ from headway.schedules import Schedules
 from headway.settings import Settings
 from headway.store import Store
 from headway.store.live import LiveStore
+from headway.store.sets import SetStore
 from services.web.api.auth import Keyring
 from services.web.api.catalog import Catalog
 from services.web.live.hub import Hub
 from services.web.live.jobs import Jobs
 from services.web.live.lines import heard
 from services.web.live.sessions import Sessions
+from services.web.live.sets import Sets
 from services.web.live.waits import Waits
 
 
@@ -46,7 +48,8 @@ class App:
         jobs = Queue(queue.connect(redis_url))
         events = Events(layer(redis_url))
         hub = Hub(redis_url, events.layer, heard)
-        followed = Jobs(LiveStore(store), hub)
+        live = LiveStore(store)
+        followed = Jobs(live, hub)
         lifecycle = Lifecycle(store, jobs, events)
         return cls(
             settings=settings,
@@ -57,7 +60,11 @@ class App:
             keyring=Keyring(store, settings.key_pepper.get_secret_value()),
             catalog=Catalog(store),
             hub=hub,
-            sessions=Sessions(hub, {"jobs": followed}, most=settings.connections),
+            sessions=Sessions(
+                hub,
+                {"jobs": followed, "sets": Sets(live, SetStore(store), hub, keep=settings.keep_days * 86400)},
+                most=settings.connections,
+            ),
             waits=Waits(followed.find, hub),
             queue=jobs,
             events=events,

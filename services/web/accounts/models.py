@@ -5,6 +5,7 @@ from typing import ClassVar
 from django.contrib.postgres.fields import ArrayField
 from django.contrib.postgres.indexes import GinIndex
 from django.db import models
+from django.db.backends.base.base import BaseDatabaseWrapper
 from django.db.models.functions import Now
 from uuid_utils.compat import uuid7
 
@@ -157,8 +158,18 @@ class Job(models.Model):
         return f"{self.kind} {self.id}"
 
 
+class TransactionId(models.Field):
+    """A transaction of Postgres."""
+
+    def db_type(self, connection: BaseDatabaseWrapper) -> str:
+        return "xid8"
+
+
 class Event(models.Model):
-    """A durable event of a job: `state` or `log`. Progress is kept on the job only."""
+    """A durable event of a job: `state` or `log`. Progress is kept on the job only.
+
+    `xid` is the transaction that wrote it, by which it is known what was committed since; null for those of long ago.
+    """
 
     pk = models.CompositePrimaryKey("job_id", "seq")
     # The row is written in the statement that changes the job, so the constraint would only cost time.
@@ -166,9 +177,13 @@ class Event(models.Model):
     seq = models.BigIntegerField()
     type = models.TextField()
     data = models.JSONField()
+    xid = TransactionId(null=True, db_default=models.Func(function="pg_current_xact_id"))
 
     class Meta:
         db_table = "events"
+        indexes: ClassVar = [
+            models.Index(fields=["xid"], name="events_by_transaction", condition=models.Q(xid__isnull=False))
+        ]
 
 
 class Artifact(models.Model):

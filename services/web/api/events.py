@@ -8,9 +8,10 @@ from ninja import Field, Query, Router, Schema
 from pydantic import ConfigDict
 
 from headway.errors import BadRequest, NotFound
+from headway.store.cursor import BadCursor, Cursor
 from services.web.api.answers import answer
 from services.web.api.request import ApiRequest
-from services.web.live.commands import JobItem
+from services.web.live.commands import JobItem, SetItem
 from services.web.live.stream import EventStream
 
 EVENT_STREAM = "text/event-stream"
@@ -57,7 +58,35 @@ async def list_events(request: ApiRequest, job_id: UUID, wanted: Query[Page]) ->
     )
 
 
-def _last(request: ApiRequest, wanted: Page) -> str | None:
+class SetOfJobs(Schema):
+    """Which jobs; those that fit all that is given."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tag: str | None = Field(default=None, min_length=1, max_length=100)
+    kind: str | None = Field(default=None, min_length=1, max_length=200)
+    parent: UUID | None = None
+    last_event_id: str | None = Field(default=None, max_length=12_000, description="In place of the header.")
+
+
+@router.get("/events", summary="What happens to many jobs, live")
+async def follow_events(request: ApiRequest, wanted: Query[SetOfJobs]) -> HttpResponseBase:
+    """Server-sent events of all jobs that fit: a snapshot of each that is open, then every event, and new jobs.
+
+    The header `Last-Event-ID` continues after the event of that id, up to as long ago as ended jobs are kept.
+    """
+    request.only(SetOfJobs)
+    since = _last(request, wanted)
+    if since is not None:
+        try:
+            Cursor.decode(since)
+        except BadCursor as error:
+            raise BadRequest(str(error)) from None
+    item = SetItem(set="events", tag=wanted.tag, kind=wanted.kind, parent=wanted.parent, since=since)
+    return await EventStream.open(request, "sets", item)
+
+
+def _last(request: ApiRequest, wanted: Page | SetOfJobs) -> str | None:
     """The id of the last event that the client received."""
     return request.headers.get("Last-Event-ID") or wanted.last_event_id
 

@@ -35,7 +35,7 @@ class SetItem(Item):
     tag: str | None = Field(None, min_length=1, max_length=100)
     kind: str | None = Field(None, min_length=1, max_length=200)
     parent: UUID | None = None
-    since: str | None = Field(None, max_length=4000)
+    since: str | None = Field(None, max_length=12_000)
 
 
 class RoomItem(Item):

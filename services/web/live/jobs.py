@@ -15,6 +15,7 @@ from headway.events import group, message
 from headway.job import Event
 from headway.store.batch import Batch
 from headway.store.live import TAIL, Found, LiveStore, Wish
+from services.web.live.chain import Chain
 from services.web.live.commands import JobItem
 from services.web.live.hub import Hub
 from services.web.live.lines import News, Plain, encode
@@ -47,6 +48,9 @@ class Jobs:
             if one.live and one.behind(record):
                 metrics.live_repairs.inc()
                 one.read_on()
+
+    async def close(self) -> None:
+        """There is nothing to end."""
 
 
 class JobsPart:
@@ -112,31 +116,22 @@ class JobsPart:
             self.drop(job_id)
 
 
-class Following:
+class Following(Chain):
     """One job that a session follows: what it has been sent, and what is to come.
 
     While something is read from the record, `held` takes what is heard meanwhile; otherwise it is None.
     """
 
-    __slots__ = (
-        *("_afresh", "_held", "_overflowed", "_part", "_pending", "_prompt"),
-        *("epoch", "job_id", "over", "sent", "seq"),
-    )
+    __slots__ = ("_afresh", "_held", "_overflowed", "_part", "job_id", "over")
 
     def __init__(self, part: JobsPart, item: JobItem) -> None:
+        super().__init__(item.since, item.epoch)
         self.job_id = item.job
-        self.epoch = item.epoch
-        # The newest event that was put in line, and the newest that has left.
-        self.seq = item.since
-        self.sent = item.since
         self.over = False
         self._part = part
         self._held: list[News] | None = []
         self._overflowed = False
         self._afresh = False
-        self._pending: Envelope | None = None
-        # Whether progress that comes next is sent at once: the first, and the first after a change of state.
-        self._prompt = True
 
     @property
     def live(self) -> bool:
@@ -243,19 +238,7 @@ class Following:
         return True
 
     def _put(self, news: News) -> None:
-        writer = self._part.session.writer
-        self.seq = news.seq
-        if news.type == "progress":
-            if self._pending is not None:
-                self._pending.news = news
-                return
-            self._pending = Envelope(self, news, durable=False)
-            writer.put(self._pending, urgent=self._prompt)
-            self._prompt = False
-            return
-        self._pending = None
-        self._prompt = news.type != "log"
-        writer.put(Envelope(self, news), urgent=news.type != "log")
+        self.put(self._part.session.writer, news)
         if news.terminal:
             self._end()
 
@@ -264,40 +247,6 @@ class Following:
         self._part.drop(self.job_id)
         if self._part.session.single:
             self._part.session.close(NORMAL)
-
-    def taken(self, envelope: "Envelope") -> None:
-        """An envelope leaves: progress that comes now needs one of its own."""
-        if self._pending is envelope:
-            self._pending = None
-
-
-class Envelope:
-    """News of a job for one session, which follows on from what that has been sent of it."""
-
-    __slots__ = ("_following", "durable", "news")
-
-    def __init__(self, following: Following, news: News, *, durable: bool = True) -> None:
-        self._following = following
-        self.news = news
-        self.durable = durable
-
-    @property
-    def type(self) -> str:
-        return self.news.type
-
-    @property
-    def size(self) -> int:
-        return len(self.news.data) + 150
-
-    @property
-    def mark(self) -> str:
-        return f"{self.news.epoch}-{self.news.seq}"
-
-    def text(self) -> str:
-        self._following.taken(self)
-        prev = None if self.news.type == "snapshot" else self._following.sent
-        self._following.sent = self.news.seq
-        return self.news.text(prev)
 
 
 def _news(event: Event) -> News:

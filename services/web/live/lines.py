@@ -32,12 +32,12 @@ class Line(Protocol):
 class Plain:
     """A line that is the same for everyone it goes to."""
 
-    __slots__ = ("_text", "type")
+    __slots__ = ("_text", "mark", "type")
     durable = True
-    mark = None
 
-    def __init__(self, type: str, text: str) -> None:
+    def __init__(self, type: str, text: str, mark: str | None = None) -> None:
         self.type = type
+        self.mark = mark
         self._text = text
 
     @classmethod

@@ -15,7 +15,7 @@ from headway.errors import InvalidRequest, Problem, TooMany
 from headway.store import OUTAGES
 from services.web.api.auth import Principal
 from services.web.live import commands
-from services.web.live.lines import Plain
+from services.web.live.lines import Plain, encode
 from services.web.live.writer import Transport, Writer
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ class Sort(Protocol):
         Called before each heartbeat, and when messages of Redis may have been lost. Raises one of OUTAGES.
         """
 
+    async def close(self) -> None:
+        """The process ends."""
+
 
 def refusal(problem: Problem, **item: str) -> dict[str, Any]:
     """The `d` of an error line; `item` names what it is about: job, set or room."""
@@ -139,7 +142,7 @@ class Session:
         d: dict[str, Any] = {}
         for part in self.parts.values():
             d |= part.marks()
-        self.writer.put(Plain.of("hb", d=d))
+        self.writer.put(Plain("hb", encode({"t": "hb", "d": d}), d.get("cursor")))
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do something that ends with the session; if it fails, so does the session."""

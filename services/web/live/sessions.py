@@ -90,6 +90,8 @@ class Sessions:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for sort in self.sorts.values():
+            await sort.close()
 
     def _restored(self) -> None:
         """Live events flow again; what came meanwhile is lost."""

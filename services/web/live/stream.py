@@ -105,8 +105,9 @@ class EventStream(HttpResponseBase):
 
 
 def _event(line: Line) -> bytes:
-    if line.type == "hb":
-        return b": still here\n\n"
-    metrics.sse_events.labels(line.type).inc()
     id = f"id: {line.mark}\n" if line.mark is not None else ""
+    if line.type == "hb":
+        # An id alone is no event, but is remembered.
+        return f"{id}: still here\n\n".encode()
+    metrics.sse_events.labels(line.type).inc()
     return f"event: {line.type}\n{id}data: {line.text()}\n\n".encode()

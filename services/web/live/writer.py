@@ -96,6 +96,11 @@ class Writer:
                 return
         self._schedule(urgent)
 
+    @property
+    def free(self) -> bool:
+        """Whether so little waits that more may be put in without a thought."""
+        return self._lines <= MOST_LINES // 2 and self._bytes <= MOST_BYTES // 2
+
     async def room(self) -> None:
         """Wait until more may be put in: for whoever has more to say than may wait."""
         while self._ending is None and (self._lines > ROOM_LINES or self._bytes > ROOM_BYTES):
