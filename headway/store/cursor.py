@@ -9,9 +9,6 @@ from uuid import UUID
 FORM = re.compile(r"([0-9]{1,19}):([0-9]{1,19}):((?:[0-9]{1,19},?)*)", re.ASCII)
 
 
-FORM = re.compile(r"([0-9]{1,19}):([0-9]{1,19}):((?:[0-9]{1,19},?)*)", re.ASCII)
-
-
 class BadCursor(ValueError):
     """The text is not a cursor."""
 
