@@ -36,6 +36,8 @@ claims_repeated = Counter(
     "headway_claims_repeated_total", "Claims run again because another worker took the same place of a concurrency key."
 )
 jobs_deleted = Counter("headway_jobs_deleted_total", "Ended jobs that were kept long enough and are deleted.")
+messages = Counter("headway_messages_total", "Messages that were said in rooms.")
+messages_deleted = Counter("headway_messages_deleted_total", "Messages that were kept long enough and are deleted.")
 slots_busy = Gauge("headway_worker_slots_busy", "Jobs that this worker runs now.")
 slots = Gauge("headway_worker_slots", "Jobs that this worker can run at a time.")
 wakeups_failed = Counter("headway_wakeups_failed_total", "Wake-ups that Redis did not take; a scan finds the jobs.")
@@ -49,6 +51,7 @@ live_losses = Counter("headway_live_losses_total", "Times that the connection fo
 live_rechecks = Counter("headway_live_rechecks_total", "Times that all sessions were compared with the record.")
 live_repairs = Counter("headway_live_repairs_total", "Events that Redis lost, read from the record for a session.")
 live_slow = Counter("headway_live_slow_total", "Sessions that were closed because their client did not keep up.")
+presence_failures = Counter("headway_presence_failures_total", "Times that Redis did not take who is in rooms.")
 http_requests = Counter("headway_http_requests_total", "Requests to the API.", ["method", "route", "status"])
 http_waits = Gauge("headway_http_waits", "Requests that are held until their job ends.")
 http_time = Histogram(

@@ -7,6 +7,7 @@ from headway.events import Events, layer
 from headway.files import Files
 from headway.lifecycle import Lifecycle
 from headway.queue import Queue
+from headway.rooms import Rooms
 from headway.schedules import Schedules
 from headway.settings import Settings
 from headway.store import Store
@@ -17,6 +18,7 @@ from services.web.live.hub import Hub
 from services.web.live.jobs import Jobs
 from services.web.live.lines import heard
 from services.web.live.sessions import Sessions
+from services.web.live.presence import Presence
 from services.web.live.waits import Waits
 
 
@@ -28,8 +30,10 @@ class App:
     store: Store
     lifecycle: Lifecycle
     schedules: Schedules
+    rooms: Rooms
     files: Files
     keyring: Keyring
+    presence: Presence
     catalog: Catalog
     hub: Hub
     sessions: Sessions
@@ -48,13 +52,16 @@ class App:
         hub = Hub(redis_url, events.layer, heard)
         followed = Jobs(LiveStore(store), hub)
         lifecycle = Lifecycle(store, jobs, events)
+        keyring = Keyring(store, settings.key_pepper.get_secret_value())
         return cls(
             settings=settings,
             store=store,
             lifecycle=lifecycle,
             schedules=Schedules(store, lifecycle),
+            rooms=Rooms(store, events),
             files=Files(settings.files_location, max_size=settings.max_file),
-            keyring=Keyring(store, settings.key_pepper.get_secret_value()),
+            keyring=keyring,
+            presence=Presence(jobs.redis),
             catalog=Catalog(store),
             hub=hub,
             sessions=Sessions(hub, {"jobs": followed}, most=settings.connections),
