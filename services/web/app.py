@@ -14,6 +14,7 @@ from headway.store import Store
 from headway.store.live import LiveStore
 from services.web.api.auth import Keyring
 from services.web.api.catalog import Catalog
+from services.web.api.tickets import Tickets
 from services.web.live.hub import Hub
 from services.web.live.jobs import Jobs
 from services.web.live.lines import heard
@@ -33,6 +34,7 @@ class App:
     rooms: Rooms
     files: Files
     keyring: Keyring
+    tickets: Tickets
     presence: Presence
     catalog: Catalog
     hub: Hub
@@ -61,6 +63,7 @@ class App:
             rooms=Rooms(store, events),
             files=Files(settings.files_location, max_size=settings.max_file),
             keyring=keyring,
+            tickets=Tickets(jobs.redis, keyring),
             presence=Presence(jobs.redis),
             catalog=Catalog(store),
             hub=hub,
