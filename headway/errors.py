@@ -6,6 +6,7 @@ HeadwayError
 ├── Problem                    an answer of the API, RFC 9457
 │   ├── BadRequest             400 bad-request
 │   ├── Unauthenticated        401 unauthenticated
+│   │   └── TicketRefused      401 ticket-refused
 │   ├── Forbidden              403 forbidden
 │   │   └── OriginRefused      403 origin-refused
 │   ├── NotFound               404 not-found
@@ -92,6 +93,12 @@ class Unauthenticated(Problem):
     """No valid API key came with the request."""
 
     status, slug, title = 401, "unauthenticated", "A valid API key is needed"
+
+
+class TicketRefused(Unauthenticated):
+    """The ticket was used before, has expired, or its key has ended. Get a new one, and connect again."""
+
+    slug, title = "ticket-refused", "The ticket does not hold"
 
 
 class Forbidden(Problem):
@@ -239,6 +246,7 @@ class Crashed(JobError):
 PROBLEMS: tuple[type[Problem], ...] = (
     BadRequest,
     Unauthenticated,
+    TicketRefused,
     Forbidden,
     OriginRefused,
     NotFound,

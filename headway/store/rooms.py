@@ -99,7 +99,7 @@ class Message:
 
     def data(self) -> dict[str, Any]:
         """What the frame `message` of a WebSocket says."""
-        return {"id": str(self.id), "author": self.author, "message": self.text, "at": timestamp(self.created_at)}
+        return {"message": self.text, "author": self.author, "at": timestamp(self.created_at), "id": str(self.id)}
 
 
 @dataclass(frozen=True, slots=True)

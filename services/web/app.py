@@ -18,8 +18,11 @@ from services.web.api.tickets import Tickets
 from services.web.live.hub import Hub
 from services.web.live.jobs import Jobs
 from services.web.live.lines import heard
-from services.web.live.sessions import Sessions
 from services.web.live.presence import Presence
+from services.web.live.revocation import Revocation
+from services.web.live.rooms import LiveRooms
+from services.web.live.session import Sort
+from services.web.live.sessions import Sessions
 from services.web.live.waits import Waits
 
 
@@ -40,6 +43,8 @@ class App:
     hub: Hub
     sessions: Sessions
     waits: Waits
+    live_rooms: LiveRooms
+    revocation: Revocation
     queue: Queue
     events: Events
 
@@ -54,27 +59,35 @@ class App:
         hub = Hub(redis_url, events.layer, heard)
         followed = Jobs(LiveStore(store), hub)
         lifecycle = Lifecycle(store, jobs, events)
+        rooms, presence = Rooms(store, events), Presence(jobs.redis)
+        live_rooms = LiveRooms(rooms, presence, hub, events)
+        sorts: dict[str, Sort] = {"jobs": followed, "rooms": live_rooms}
+        sessions = Sessions(hub, sorts, most=settings.connections)
         keyring = Keyring(store, settings.key_pepper.get_secret_value())
         return cls(
             settings=settings,
             store=store,
             lifecycle=lifecycle,
             schedules=Schedules(store, lifecycle),
-            rooms=Rooms(store, events),
+            rooms=rooms,
             files=Files(settings.files_location, max_size=settings.max_file),
             keyring=keyring,
             tickets=Tickets(jobs.redis, keyring),
-            presence=Presence(jobs.redis),
+            presence=presence,
             catalog=Catalog(store),
             hub=hub,
-            sessions=Sessions(hub, {"jobs": followed}, most=settings.connections),
+            sessions=sessions,
+            live_rooms=live_rooms,
+            revocation=Revocation(store, sessions.open),
             waits=Waits(followed.find, hub),
             queue=jobs,
             events=events,
         )
 
     async def close(self) -> None:
+        await self.revocation.close()
         await self.sessions.close()
+        await self.live_rooms.close()
         await self.hub.close()
         await self.lifecycle.close()
         await self.queue.close()

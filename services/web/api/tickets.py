@@ -17,7 +17,7 @@ from pydantic import AfterValidator, ConfigDict
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from headway.errors import InvalidRequest, OriginRefused, Unauthenticated, Unavailable
+from headway.errors import InvalidRequest, OriginRefused, TicketRefused, Unavailable
 from headway.job import timestamp
 from headway.rooms import ROOM_NAME
 from services.web.api.answers import answer
@@ -69,19 +69,19 @@ class Tickets:
         """Whoever the ticket was issued for; it holds no more. `own` is the service's own origin.
 
         A page of the service itself sends no Origin with a plain GET, so that `None` stands for `own` there: pass `own`
-        as None where browsers always send one. Raises Unauthenticated, OriginRefused or Unavailable.
+        as None where browsers always send one. Raises TicketRefused, OriginRefused or Unavailable.
         """
         async with _reached():
             kept = await self._redis.getdel(_name(ticket))
         if kept is None:
-            raise Unauthenticated(REFUSAL)
+            raise TicketRefused(REFUSAL)
         said = json.loads(kept)
         if (origin or own) != said["origin"]:
             raise OriginRefused(
                 "The ticket was for pages of another origin, and holds no more. Get one for this origin."
             )
         if not await self._keyring.lives(said["key"]):
-            raise Unauthenticated("The key that the ticket was issued with has been revoked, or has expired.")
+            raise TicketRefused("The key that the ticket was issued with has been revoked, or has expired.")
         return Principal(
             tenant_id=UUID(said["tenant"]),
             key_id=said["key"],

@@ -5,7 +5,7 @@ it may vanish: the next renewal brings it back.
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from uuid import UUID
 
 import structlog
@@ -16,7 +16,6 @@ from headway import metrics
 from headway.errors import Unavailable
 
 # Seconds.
-RENEW_EVERY = 10.0
 LIVES = 30
 PATIENCE = 3.0
 MOST_SHOWN = 1000
@@ -120,7 +119,7 @@ class Presence:
         return name in _decoded(names)
 
 
-def shown(names: set[str]) -> list[str]:
+def shown(names: Collection[str]) -> list[str]:
     """What is shown of the names in a room."""
     return sorted(names)[:MOST_SHOWN]
 
