@@ -122,9 +122,8 @@ async def client(http: httpx.AsyncClient, path: str, **options: Any) -> AsyncIte
 
 
 async def ticket(http: httpx.AsyncClient, **wanted: Any) -> str:
-    """A ticket for pages of the service itself."""
-    origin = str(http.base_url).rstrip("/")
-    answer = await http.post("/api/v1/ws-tickets", json={"origin": origin, **wanted})
+    """A ticket, for pages of the service itself unless it says otherwise."""
+    answer = await http.post("/api/v1/ws-tickets", json={"origin": str(http.base_url).rstrip("/"), **wanted})
     assert answer.status_code == 201, answer.text
     return str(answer.json()["ticket"])
 

@@ -11,9 +11,9 @@ from headway.errors import BadRequest, NotFound
 from services.web.api.answers import answer
 from services.web.api.request import ApiRequest
 from services.web.live.commands import JobItem
+from services.web.live.entrance import EVENT_STREAM
 from services.web.live.stream import EventStream
 
-EVENT_STREAM = "text/event-stream"
 MARK = re.compile(r"([0-9]{1,9})-([0-9]{1,15})", re.ASCII)
 
 router = Router(tags=["events"])
@@ -28,6 +28,9 @@ class Page(Schema):
     limit: int = Field(default=100, ge=1, le=1000)
     last_event_id: str | None = Field(
         default=None, max_length=100, description="In place of the header Last-Event-ID, for a stream."
+    )
+    ticket: str | None = Field(
+        default=None, max_length=100, description="In place of the header Authorization, for a stream to a browser."
     )
 
 
