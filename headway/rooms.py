@@ -65,8 +65,8 @@ def group(tenant_id: UUID, room: str) -> str:
 
 
 def encode(message: Message) -> str:
-    """What a message says, as JSON text. Characters stay as they are, so that it is no longer than need be."""
-    return json.dumps(message.data(), separators=(",", ":"), ensure_ascii=False)
+    """What a message says, as JSON text. It is ASCII: no terminal or page takes any of it for its own."""
+    return json.dumps(message.data(), separators=(",", ":"))
 
 
 def told(message: Message) -> dict[str, Any]:
@@ -78,24 +78,26 @@ def told(message: Message) -> dict[str, Any]:
 class Start:
     """Where whoever joins a room begins to be told: after the seq `after`, in a room whose newest message is `newest`.
 
-    With `reset` what it held is void: it names a seq that is not there yet, or messages after it are kept no longer, or
-    are too many. It then begins with the newest few.
+    `follows` tells whether that follows on what it holds. With `reset` what it holds is void: it names a seq that is
+    not there yet, or messages after it are kept no longer, or are too many. It then begins with the newest few.
     """
 
     newest: int
     after: int
-    reset: Reset | None
+    follows: bool = False
+    reset: Reset | None = None
 
     @classmethod
     def of(cls, since: int | None, newest: int, oldest: int | None) -> "Start":
+        """For whoever holds all up to `since`; 0 asks for all that is kept, None for what comes."""
+        first = newest if oldest is None else oldest - 1
         if since is None:
-            return cls(newest, newest, None)
-        reset: Reset | None = None
-        if since > newest:
-            reset = "cursor"
-        elif since < newest - MOST_BEHIND or (since < newest and (oldest is None or since + 1 < oldest)):
-            reset = "retention"
-        return cls(newest, max(0, newest - NEWEST) if reset else since, reset)
+            return cls(newest, newest)
+        if since == 0 and newest - first <= MOST_BEHIND:
+            return cls(newest, first)
+        if since > newest or since < max(first, newest - MOST_BEHIND):
+            return cls(newest, max(0, newest - NEWEST), reset="cursor" if since > newest else "retention")
+        return cls(newest, since, follows=True)
 
 
 class Rooms:

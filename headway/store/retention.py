@@ -66,10 +66,10 @@ WITH gone AS (
         ORDER BY last_at LIMIT $2 FOR UPDATE SKIP LOCKED
     ) old
     WHERE r.tenant_id = old.tenant_id AND r.name = old.name
-    RETURNING r.tenant_id, r.name, r.seq
+    RETURNING r.tenant_id, r.seq
 ), counted AS (
     UPDATE tenants SET rooms_seq = greatest(rooms_seq, ended.seq)
-    FROM (SELECT tenant_id, max(seq) AS seq FROM gone WHERE name NOT LIKE 'job:%' GROUP BY tenant_id) ended
+    FROM (SELECT tenant_id, max(seq) AS seq FROM gone GROUP BY tenant_id) ended
     WHERE id = ended.tenant_id
 )
 SELECT count(*) FROM gone

@@ -38,7 +38,7 @@ SELECT {MESSAGE}, true AS new FROM added m UNION ALL SELECT {MESSAGE}, false FRO
 # $1: tenant, $2: room, $3: the room's job or NULL, $4: how many rooms there may be beside those of jobs
 MAKE = """
 INSERT INTO rooms (tenant_id, name, seq, last_at)
-SELECT id, $2, CASE WHEN $3::uuid IS NULL THEN rooms_seq ELSE 0 END, now() FROM tenants
+SELECT id, $2, rooms_seq, now() FROM tenants
 WHERE id = $1 AND CASE
     WHEN $3::uuid IS NULL THEN (SELECT count(*) FROM rooms WHERE tenant_id = $1 AND name NOT LIKE 'job:%') < $4
     ELSE EXISTS (SELECT FROM jobs WHERE jobs.id = $3 AND jobs.tenant_id = $1)
@@ -52,8 +52,7 @@ RETURNING name
 EXTENTS = """
 SELECT asked.name, coalesce(
     (SELECT seq FROM rooms WHERE tenant_id = $1 AND name = asked.name),
-    (SELECT rooms_seq FROM tenants WHERE id = $1 AND asked.job_id IS NULL),
-    0
+    (SELECT rooms_seq FROM tenants WHERE id = $1)
 ) AS newest, (SELECT min(seq) FROM messages WHERE tenant_id = $1 AND room = asked.name) AS oldest
 FROM unnest($2::text[], $3::uuid[]) AS asked (name, job_id)
 WHERE asked.job_id IS NULL OR EXISTS (SELECT FROM jobs WHERE jobs.id = asked.job_id AND jobs.tenant_id = $1)

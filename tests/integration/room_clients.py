@@ -45,6 +45,7 @@ class Client:
     def __init__(self, ws: ClientConnection) -> None:
         self.ws = ws
         self.frames: list[Frame] = []
+        self.raw: list[str] = []
         self.closed: tuple[int, str] | None = None
         self._arrived = asyncio.Condition()
         self._reading = asyncio.create_task(self._read())
@@ -101,7 +102,8 @@ class Client:
     async def _read(self) -> None:
         try:
             while True:
-                received = json.loads(await self.ws.recv())
+                self.raw.append(raw := str(await self.ws.recv()))
+                received = json.loads(raw)
                 async with self._arrived:
                     self.frames += received if isinstance(received, list) else [received]
                     self._arrived.notify_all()

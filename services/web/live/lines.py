@@ -44,6 +44,11 @@ class Plain:
     def of(cls, type: str, **fields: Any) -> "Plain":
         return cls(type, encode({"t": type, **fields}))
 
+    @classmethod
+    def bare(cls, type: str, value: Any) -> "Plain":
+        """What a socket without a protocol of its own is sent."""
+        return cls(type, encode(value))
+
     @property
     def size(self) -> int:
         return len(self._text)
@@ -123,3 +128,13 @@ class Said:
         if self._bare is None:
             self._bare = Plain("message", f'{self.data[:-1]},"seq":{self.seq},"room":"{self.room}"}}')
         return self._bare
+
+
+class Change:
+    """Someone has `joined` a room or `left` it."""
+
+    __slots__ = ("bare", "framed")
+
+    def __init__(self, room: str, key: str, name: str) -> None:
+        self.framed = Plain.of("presence", room=room, d={key: name})
+        self.bare = Plain.bare("presence", {key: name})

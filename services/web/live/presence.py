@@ -66,6 +66,8 @@ return names
 log = structlog.get_logger(__name__)
 
 Place = tuple[UUID, str]
+# For each room the names that are in it, and those that have lapsed.
+Seen = dict[Place, tuple[set[str], set[str]]]
 
 
 class Presence:
@@ -87,14 +89,11 @@ class Presence:
             raise Unavailable("Redis cannot be reached, which knows who is in a room. Try again.") from None
         return shown(_decoded(names))
 
-    async def renew(
-        self, entries: Mapping[Place, Sequence[tuple[UUID, str]]]
-    ) -> dict[Place, tuple[set[str], set[str]]]:
-        """Renew the sockets and names in each room. Answers with the names that are in it, and those that lapsed.
-
-        While Redis is away the answer is empty, and nobody knows.
-        """
+    async def renew(self, entries: Mapping[Place, Sequence[tuple[UUID, str]]]) -> Seen:
+        """Renew the sockets and names in each room, and see who is there. While Redis is away the answer is empty."""
         places = list(entries)
+        if not places:
+            return {}
         try:
             async with asyncio.timeout(PATIENCE), self._redis.pipeline(transaction=False) as pipe:
                 for place in places:

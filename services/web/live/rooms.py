@@ -5,7 +5,7 @@ is there is read anew whenever someone may have come or gone, and every ten seco
 """
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any
 from uuid import UUID
@@ -17,8 +17,8 @@ from headway.events import Events
 from headway.rooms import MISSED_AT_ONCE, Rooms, encode, group
 from headway.store import OUTAGES
 from services.web.live.hub import Hub
-from services.web.live.lines import Said
-from services.web.live.presence import Place, Presence
+from services.web.live.lines import Change, Said
+from services.web.live.presence import Place, Presence, Seen
 from services.web.live.session import Session
 from services.web.live.visits import RoomsPart, Visit
 
@@ -64,7 +64,7 @@ class LiveRooms:
             room = self._open[place] = OpenRoom(self, place)
         room.visits.add(visit)
         if self._renewing is None:
-            self._renewing = asyncio.create_task(self._renew())
+            self._renewing = asyncio.create_task(self._keep_renewing())
         return room
 
     def leave(self, visit: Visit) -> None:
@@ -74,17 +74,14 @@ class LiveRooms:
             del self._open[room.place]
             self.hub.leave(room, room.topic)
         if visit.counted:
-            task = asyncio.create_task(self._guarded(self._see_off(visit)))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._see_off_soon(visit)
 
     async def arrive(self, visits: Collection[Visit]) -> None:
         """Count these as being in their rooms, and tell each who else is, and the others of each."""
-        for visit in visits:
-            visit.counted = not visit.over
-        arriving = [visit for visit in visits if visit.counted]
-        entries = {visit.room.place: [(visit.id, visit.name)] for visit in arriving}
-        seen = await self.presence.renew(entries) if entries else {}
+        arriving = [visit for visit in visits if not visit.over]
+        for visit in arriving:
+            visit.counted = True
+        seen = await self._renew(arriving)
         for visit in arriving:
             if visit.over:
                 continue
@@ -152,20 +149,35 @@ class LiveRooms:
                     if lapsed:
                         self.announce(room, lapsed)
 
-    async def _renew(self) -> None:
+    async def _keep_renewing(self) -> None:
         while True:
             await asyncio.sleep(RENEW_EVERY)
             await self._guarded(self._renew_all())
 
     async def _renew_all(self) -> None:
         rooms = dict(self._open)
-        if not rooms:
-            return
-        seen = await self.presence.renew({place: room.entries() for place, room in rooms.items()})
+        seen = await self._renew([visit for room in rooms.values() for visit in room.visits if visit.counted])
         for place, (names, lapsed) in seen.items():
             rooms[place].see(names, lapsed, periodic=True)
             if lapsed:
                 self.announce(rooms[place], lapsed)
+
+    async def _renew(self, visits: Sequence[Visit]) -> Seen:
+        """Renew the entries of these visits; who is in their rooms."""
+        entries: defaultdict[Place, list[tuple[UUID, str]]] = defaultdict(list)
+        for visit in visits:
+            entries[visit.room.place].append((visit.id, visit.name))
+        seen = await self.presence.renew(entries)
+        for visit in visits:
+            if visit.over:
+                # It left meanwhile, and its entry may have come back after that.
+                self._see_off_soon(visit)
+        return seen
+
+    def _see_off_soon(self, visit: Visit) -> None:
+        task = asyncio.create_task(self._guarded(self._see_off(visit)))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
 
     async def _see_off(self, visit: Visit) -> None:
         room, name = visit.room, visit.name
@@ -218,12 +230,8 @@ class OpenRoom:
         for visit in tuple(self.visits):
             visit.hear(said)
 
-    def entries(self) -> list[tuple[UUID, str]]:
-        """Those who are here in this process, as presence has them."""
-        return [(visit.id, visit.name) for visit in self.visits if visit.counted]
-
     def present(self) -> set[str]:
-        """Their names."""
+        """The names of those who are here in this process."""
         return {visit.name for visit in self.visits if visit.counted}
 
     def see(self, names: set[str], left: Collection[str], *, periodic: bool = False) -> None:
@@ -239,7 +247,8 @@ class OpenRoom:
             self._unseen = gone - lost
         new = now - self.here
         self.here = (self.here | new) - lost
-        for key, changed in (("joined", new), ("left", lost)):
-            for name in sorted(changed):
-                for visit in tuple(self.visits):
-                    visit.notice(key, name)
+        changes = [("joined", name) for name in sorted(new)] + [("left", name) for name in sorted(lost)]
+        for key, name in changes:
+            change = Change(self.place[1], key, name)
+            for visit in tuple(self.visits):
+                visit.notice(change)

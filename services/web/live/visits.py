@@ -8,8 +8,7 @@ from headway.errors import Forbidden, NotFound, Problem
 from headway.rooms import Start, check_name, encode
 from services.web.live import commands
 from services.web.live.commands import Publish, RoomItem
-from services.web.live.lines import Plain, Said
-from services.web.live.lines import encode as encode_line
+from services.web.live.lines import Change, Plain, Said
 from services.web.live.presence import shown
 from services.web.live.session import Opening, Session, refusal
 
@@ -109,10 +108,10 @@ class RoomSession(Session):
             speech = commands.read_speech(text)
             seq = await self.part("rooms").say(self.room, speech.message, speech.key)
         except Problem as problem:
-            self.writer.put(Plain("error", encode_line({"error": refusal(problem)})))
+            self.writer.put(Plain.bare("error", {"error": refusal(problem)}))
         else:
             if speech.key is not None:
-                self.writer.put(Plain("ack", encode_line({"ack": {"key": speech.key, "seq": seq}})))
+                self.writer.put(Plain.bare("ack", {"ack": {"key": speech.key, "seq": seq}}))
 
 
 class Visit:
@@ -140,6 +139,7 @@ class Visit:
     async def begin(self, start: Start) -> None:
         """Send what the client missed, and go live."""
         self.held = start.after
+        self._fresh = not start.follows
         if start.reset:
             self._reset(start.reset)
         writer, rooms = self._part.session.writer, self._part.rooms.rooms
@@ -166,10 +166,11 @@ class Visit:
         self._greeted = True
         self._put("presence", {"here": shown(names)})
 
-    def notice(self, key: str, name: str) -> None:
-        """Someone has `joined` or `left`."""
+    def notice(self, change: Change) -> None:
+        """Someone has come or gone."""
         if self._greeted:
-            self._put("presence", {key: name})
+            session = self._part.session
+            session.writer.put(change.framed if session.hello else change.bare)
 
     def _send(self, said: Said) -> None:
         if self._fresh:
@@ -188,4 +189,4 @@ class Visit:
         if session.hello:
             session.put(type, d, room=self.room.place[1])
         else:
-            session.writer.put(Plain(type, encode_line(d if type == "presence" else {type: d})))
+            session.writer.put(Plain.bare(type, d if type == "presence" else {type: d}))
