@@ -92,8 +92,8 @@ async def test_rooms_share_a_socket_with_the_rest_of_the_protocol(http: httpx.As
 
 
 async def test_what_was_missed_comes_first_and_then_what_is_said(http: httpx.AsyncClient) -> None:
-    for n in range(1, 251):
-        await say(http, f"word {n}")
+    for _ in range(5):
+        await asyncio.gather(*(say(http, "word") for _ in range(50)))
     async with AsyncExitStack() as stack:
         all_of_it = await joined(http, stack, {"room": "lobby", "since": 0})
         some = await joined(http, stack, {"room": "lobby", "since": 240})
@@ -189,6 +189,43 @@ async def test_processes_see_each_others_visitors_and_wiped_entries_come_back(
         await ada.wait(lambda frame: frame.get("left") == "bob")
 
 
+async def test_many_who_come_and_go_at_once_are_told_in_one(http: httpx.AsyncClient, settings: Settings) -> None:
+    async with (
+        web(settings) as url,
+        httpx.AsyncClient(base_url=url, headers=http.headers, trust_env=False) as elsewhere,
+        visitor(http, "ada") as ada,
+    ):
+        async with AsyncExitStack() as stack:
+            names = [f"user-{n:03}" for n in range(60)]
+            tickets = [await ticket(elsewhere, user=name) for name in names]
+            crowd = [client(elsewhere, "/ws/rooms/lobby", ticket=one, origin=url) for one in tickets]
+            await asyncio.gather(*(stack.enter_async_context(one) for one in crowd))
+            # Sooner than by the look that comes every ten seconds.
+            await until(lambda: here(ada) == {"ada", *names}, 6)
+        await until(lambda: here(ada) == {"ada"}, 6)
+        assert ada.closed is None
+        assert (await http.get("/api/v1/rooms/lobby/presence")).json() == {"here": ["ada"]}
+
+
+async def test_a_process_that_is_stopped_sees_its_visitors_off(http: httpx.AsyncClient, settings: Settings) -> None:
+    async with visitor(http, "ada") as ada, AsyncExitStack() as stack:
+        async with web(settings) as url:
+            elsewhere = httpx.AsyncClient(base_url=url, headers=http.headers, trust_env=False)
+            await stack.enter_async_context(elsewhere)
+            bob = await stack.enter_async_context(visitor(elsewhere, "bob"))
+            await ada.wait(lambda frame: frame.get("joined") == "bob")
+        assert (await bob.ended())[0] == 1012
+        await ada.wait(lambda frame: frame.get("left") == "bob", 6)
+
+
+def here(one: Client) -> set[str]:
+    """Who is there, as far as a client was told."""
+    found: set[str] = set()
+    for key, value in one.presence():
+        found = set(value) if key == "here" else found | {value} if key == "joined" else found - {value}
+    return found
+
+
 async def test_no_message_is_lost_or_doubled_while_redis_is_wiped_and_its_subscribers_are_cut_off(
     http: httpx.AsyncClient, settings: Settings, redis: Redis
 ) -> None:
@@ -205,15 +242,15 @@ async def test_no_message_is_lost_or_doubled_while_redis_is_wiped_and_its_subscr
         visitor(elsewhere, "bob") as bob,
     ):
         wrecking = asyncio.create_task(wreck())
-        for n in range(200):
+        for n in range(100):
             await say(http if n % 2 else elsewhere, f"word {n}")
         wrecking.cancel()
         await asyncio.gather(wrecking, return_exceptions=True)
         await say(http, "last")
         for one in (ada, bob):
             await one.wait(a_message("last"), 20)
-            assert one.seqs() == list(range(1, 202))
-            assert one.said() == [*(f"word {n}" for n in range(200)), "last"]
+            assert one.seqs() == list(range(1, 102))
+            assert one.said() == [*(f"word {n}" for n in range(100)), "last"]
 
 
 async def test_a_message_that_redis_lost_is_read_with_the_next_one(

@@ -131,10 +131,10 @@ class Said:
 
 
 class Change:
-    """Someone has `joined` a room or `left` it."""
+    """Who is `here` in a room, or has `joined` or `left` it."""
 
     __slots__ = ("bare", "framed")
 
-    def __init__(self, room: str, key: str, name: str) -> None:
-        self.framed = Plain.of("presence", room=room, d={key: name})
-        self.bare = Plain.bare("presence", {key: name})
+    def __init__(self, room: str, d: dict[str, Any]) -> None:
+        self.framed = Plain.of("presence", room=room, d=d)
+        self.bare = Plain.bare("presence", d)

@@ -18,12 +18,14 @@ from headway.rooms import MISSED_AT_ONCE, Rooms, encode, group
 from headway.store import OUTAGES
 from services.web.live.hub import Hub
 from services.web.live.lines import Change, Said
-from services.web.live.presence import Place, Presence, Seen
+from services.web.live.presence import Place, Presence, Seen, shown
 from services.web.live.session import Session
 from services.web.live.visits import RoomsPart, Visit
 
 # Seconds after which the entries of those who are here are renewed.
 RENEW_EVERY = 10.0
+# If more have come or gone at once, all that are here are told in their place.
+MOST_CHANGES = 20
 
 log = structlog.get_logger(__name__)
 
@@ -78,15 +80,14 @@ class LiveRooms:
 
     async def arrive(self, visits: Collection[Visit]) -> None:
         """Count these as being in their rooms, and tell each who else is, and the others of each."""
-        arriving = [visit for visit in visits if not visit.over]
+        arriving = {visit: visit.name not in visit.room.present() for visit in visits if not visit.over}
         for visit in arriving:
             visit.counted = True
         seen = await self._renew(arriving)
-        for visit in arriving:
+        for visit, new in arriving.items():
             if visit.over:
                 continue
             room = visit.room
-            new = visit.name not in room.here
             names, lapsed = seen.get(room.place, (set(), set()))
             room.see(names, lapsed)
             visit.greet(room.here)
@@ -128,7 +129,7 @@ class LiveRooms:
 
     async def _fill(self, rooms: Iterable["OpenRoom"]) -> None:
         """Tell in each room what the record has and was not told: one query, unless much was missed."""
-        behind = {room.place: room for room in rooms if room.held is not None}
+        behind = {room.place: room for room in rooms if room.held is not None and room.visits}
         while behind:
             missed = await self.rooms.missed([(*place, room.held or 0) for place, room in behind.items()])
             count: Counter[Place] = Counter()
@@ -162,7 +163,7 @@ class LiveRooms:
             if lapsed:
                 self.announce(rooms[place], lapsed)
 
-    async def _renew(self, visits: Sequence[Visit]) -> Seen:
+    async def _renew(self, visits: Collection[Visit]) -> Seen:
         """Renew the entries of these visits; who is in their rooms."""
         entries: defaultdict[Place, list[tuple[UUID, str]]] = defaultdict(list)
         for visit in visits:
@@ -247,8 +248,11 @@ class OpenRoom:
             self._unseen = gone - lost
         new = now - self.here
         self.here = (self.here | new) - lost
-        changes = [("joined", name) for name in sorted(new)] + [("left", name) for name in sorted(lost)]
-        for key, name in changes:
-            change = Change(self.place[1], key, name)
+        changes: list[dict[str, Any]] = [{"joined": name} for name in sorted(new)]
+        changes += [{"left": name} for name in sorted(lost)]
+        if len(changes) > MOST_CHANGES:
+            changes = [{"here": shown(self.here)}]
+        for change in changes:
+            told = Change(self.place[1], change)
             for visit in tuple(self.visits):
-                visit.notice(change)
+                visit.notice(told)

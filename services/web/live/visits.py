@@ -164,7 +164,7 @@ class Visit:
     def greet(self, names: Collection[str]) -> None:
         """Tell who is here."""
         self._greeted = True
-        self._put("presence", {"here": shown(names)})
+        self.notice(Change(self.room.place[1], {"here": shown(names)}))
 
     def notice(self, change: Change) -> None:
         """Someone has come or gone."""
@@ -182,11 +182,8 @@ class Visit:
 
     def _reset(self, reason: str) -> None:
         self._fresh = True
-        self._put("resync", {"reason": reason})
-
-    def _put(self, type: str, d: dict[str, Any]) -> None:
-        session = self._part.session
+        session, d = self._part.session, {"reason": reason}
         if session.hello:
-            session.put(type, d, room=self.room.place[1])
+            session.put("resync", d, room=self.room.place[1])
         else:
-            session.writer.put(Plain.bare(type, d if type == "presence" else {type: d}))
+            session.writer.put(Plain.bare("resync", {"resync": d}))
