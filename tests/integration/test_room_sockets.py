@@ -9,6 +9,7 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
+from pydantic import SecretStr
 from redis.asyncio import Redis
 from websockets.exceptions import InvalidStatus
 
@@ -251,6 +252,23 @@ async def test_no_message_is_lost_or_doubled_while_redis_is_wiped_and_its_subscr
             await one.wait(a_message("last"), 20)
             assert one.seqs() == list(range(1, 102))
             assert one.said() == [*(f"word {n}" for n in range(100)), "last"]
+
+
+async def test_without_redis_messages_are_read_from_the_record(settings: Settings, tenant: Tenant) -> None:
+    away = settings.model_copy(update={"redis_url": SecretStr("redis://127.0.0.1:1/0")})
+    async with (
+        idle(away, tenant) as http,
+        client(http, "/ws/rooms/lobby") as one,
+        client(http, "/ws/rooms/lobby") as two,
+    ):
+        for visitor in (one, two):
+            assert await visitor.wait(lambda frame: "here" in frame) == {"here": ["test"]}
+        await one.send(message="hi", key="k")
+        await one.wait(lambda frame: "ack" in frame)
+        await say(http, "hello")
+        for visitor in (one, two):
+            await visitor.wait(a_message("hello"))
+            assert visitor.said() == ["hi", "hello"]
 
 
 async def test_a_message_that_redis_lost_is_read_with_the_next_one(
