@@ -6,6 +6,9 @@ HeadwayError
 ├── Problem                    an answer of the API, RFC 9457
 │   ├── BadRequest             400 bad-request
 │   ├── Unauthenticated        401 unauthenticated
+│   │   └── TicketRefused      401 ticket-refused
+│   ├── Forbidden              403 forbidden
+│   │   └── OriginRefused      403 origin-refused
 │   ├── NotFound               404 not-found
 │   ├── MethodNotAllowed       405 method-not-allowed
 │   ├── Conflict               409 conflict
@@ -90,6 +93,24 @@ class Unauthenticated(Problem):
     """No valid API key came with the request."""
 
     status, slug, title = 401, "unauthenticated", "A valid API key is needed"
+
+
+class TicketRefused(Unauthenticated):
+    """The ticket was used before, has expired, or its key has ended. Get a new one, and connect again."""
+
+    slug, title = "ticket-refused", "The ticket does not hold"
+
+
+class Forbidden(Problem):
+    """The ticket does not permit this."""
+
+    status, slug, title = 403, "forbidden", "Not permitted"
+
+
+class OriginRefused(Forbidden):
+    """The page that connects is not one that may: its origin is neither the service's own nor in `HEADWAY_ORIGINS`."""
+
+    slug, title = "origin-refused", "The origin is not permitted"
 
 
 class NotFound(Problem):
@@ -225,6 +246,9 @@ class Crashed(JobError):
 PROBLEMS: tuple[type[Problem], ...] = (
     BadRequest,
     Unauthenticated,
+    TicketRefused,
+    Forbidden,
+    OriginRefused,
     NotFound,
     MethodNotAllowed,
     Conflict,

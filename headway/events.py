@@ -34,6 +34,9 @@ for place = 1, #ARGV, 2 do
 end
 """
 
+# A group and a message to it.
+Told = tuple[str, dict[str, Any]]
+
 log = structlog.get_logger(__name__)
 
 
@@ -103,7 +106,7 @@ class Events:
 
     def __init__(self, channel_layer: Layer) -> None:
         self.layer = channel_layer
-        self._waiting: deque[Event] = deque()
+        self._waiting: deque[Event | Told] = deque()
         self._submitted: set[UUID] = set()
         self._lost = False
         self._closing = asyncio.Event()
@@ -111,12 +114,11 @@ class Events:
 
     def publish(self, event: Event) -> None:
         """Tell whoever follows the job. What Redis does not take, readers read again from Postgres."""
-        if len(self._waiting) >= MOST_WAITING:
-            self._waiting.popleft()
-            metrics.events_dropped.inc()
-            self._lost = True
-        self._waiting.append(event)
-        self._start()
+        self._put(event)
+
+    def tell(self, group: str, message: dict[str, Any]) -> None:
+        """Send a message to a group that is not a job's, such as a room's."""
+        self._put((group, message))
 
     def submitted(self, tenant_id: UUID) -> None:
         """Tell whoever follows a tenant's jobs that there are new ones; nobody follows these one by one yet."""
@@ -131,17 +133,25 @@ class Events:
         await self.layer.flush()
         await self.layer.redis.aclose()
 
+    def _put(self, waiting: Event | Told) -> None:
+        if len(self._waiting) >= MOST_WAITING:
+            self._waiting.popleft()
+            metrics.events_dropped.inc()
+            self._lost = True
+        self._waiting.append(waiting)
+        self._start()
+
     def _start(self) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._send())
 
     async def _send(self) -> None:
         while self._waiting or self._submitted or self._lost:
-            events = [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
+            waiting = [self._waiting.popleft() for _ in range(min(AT_ONCE, len(self._waiting)))]
             try:
-                await self._publish(events)
+                await self._publish(waiting)
             except (RedisError, OSError) as error:
-                dropped = len(events) + len(self._waiting)
+                dropped = len(waiting) + len(self._waiting)
                 self._waiting.clear()
                 self._submitted.clear()
                 self._lost = True
@@ -153,16 +163,20 @@ class Events:
                     async with asyncio.timeout(PAUSE):
                         await self._closing.wait()
 
-    async def _publish(self, events: Sequence[Event]) -> None:
+    async def _publish(self, waiting: Sequence[Event | Told]) -> None:
         """Send what somebody follows: most events nobody does, and these are not even encoded.
 
-        Who subscribes after the question reads the job after that, and so finds what is committed by now.
+        Who subscribes after the question reads the record after that, and so finds what is committed by now.
         """
+        events = [one for one in waiting if isinstance(one, Event)]
+        told = [one for one in waiting if not isinstance(one, Event)]
         submitted, self._submitted = self._submitted, set()
         hinted = {tenant_group(tenant_id) for tenant_id in submitted}
         hinted |= {tenant_group(event.tenant_id) for event in events if event.type != "progress"}
         tenants = {tenant_group(event.tenant_id) for event in events}
-        heard = await self.layer.heard({*hinted, *tenants, *(group(event.job_id) for event in events), EVERYONE})
+        heard = await self.layer.heard(
+            {*hinted, *tenants, *(group(event.job_id) for event in events), *(name for name, _ in told), EVERYONE}
+        )
         messages: list[tuple[str, dict[str, Any]]] = []
         if self._lost and EVERYONE in heard:
             messages.append((EVERYONE, LOST))
@@ -173,6 +187,7 @@ class Events:
             if followed := [name for name in names if name in heard]:
                 sent = message(event)
                 messages += [(name, sent) for name in followed]
+        messages += [(name, sent) for name, sent in told if name in heard]
         messages += [(name, HINT) for name in hinted & heard]
         if messages:
             await self.layer.group_send_all(messages)

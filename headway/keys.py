@@ -9,6 +9,7 @@ import re
 import secrets
 import zlib
 from dataclasses import dataclass
+from uuid import UUID
 
 PREFIX = "hw_live"
 FORM = re.compile(r"hw_live_([a-z2-7]{16})_([a-z2-7]{40})_([0-9a-f]{8})", re.ASCII)
@@ -29,6 +30,16 @@ class ApiKey:
     def digest(self, pepper: str) -> bytes:
         """What the database keeps of the secret: 32 bytes."""
         return hmac.digest(pepper.encode(), f"{self.id}:{self.secret}".encode(), "sha256")
+
+
+@dataclass(frozen=True, slots=True)
+class LiveKey:
+    """What the database has of a key that is neither revoked nor expired."""
+
+    id: str
+    tenant_id: UUID
+    name: str
+    digest: bytes
 
 
 def new() -> ApiKey:

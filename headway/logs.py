@@ -53,6 +53,8 @@ def configure(settings: Settings, service: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.log_level)
-    # arq logs arguments and results at INFO, asyncio its slow callbacks; neither is ours to show.
-    logging.getLogger("arq").setLevel(logging.WARNING)
+    # arq logs arguments and results at INFO; uvicorn the query of a WebSocket, and at DEBUG all its headers, among them
+    # keys and tickets. None of that is ours to show.
+    for name in ("arq", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     structlog.contextvars.bind_contextvars(service=service)

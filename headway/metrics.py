@@ -36,6 +36,8 @@ claims_repeated = Counter(
     "headway_claims_repeated_total", "Claims run again because another worker took the same place of a concurrency key."
 )
 jobs_deleted = Counter("headway_jobs_deleted_total", "Ended jobs that were kept long enough and are deleted.")
+messages = Counter("headway_messages_total", "Messages that were said in rooms.")
+messages_deleted = Counter("headway_messages_deleted_total", "Messages that were kept long enough and are deleted.")
 slots_busy = Gauge("headway_worker_slots_busy", "Jobs that this worker runs now.")
 slots = Gauge("headway_worker_slots", "Jobs that this worker can run at a time.")
 wakeups_failed = Counter("headway_wakeups_failed_total", "Wake-ups that Redis did not take; a scan finds the jobs.")
@@ -51,6 +53,7 @@ live_repairs = Counter("headway_live_repairs_total", "Events that Redis lost, re
 feed_rounds = Counter("headway_feed_rounds_total", "Times that the events of live sets were read.")
 set_catch_ups = Counter("headway_set_catch_ups_total", "Times that a live set fell behind and read for itself.")
 live_slow = Counter("headway_live_slow_total", "Sessions that were closed because their client did not keep up.")
+presence_failures = Counter("headway_presence_failures_total", "Times that Redis did not take who is in rooms.")
 http_requests = Counter("headway_http_requests_total", "Requests to the API.", ["method", "route", "status"])
 http_waits = Gauge("headway_http_waits", "Requests that are held until their job ends.")
 http_time = Histogram(

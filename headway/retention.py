@@ -1,4 +1,7 @@
-"""Retention: ended jobs are kept for a time, and up to a number; then they go, with all that they made."""
+"""Retention: ended jobs are kept for a time, and up to a number; then they go, with all that they made.
+
+What was said in rooms is kept for the same time.
+"""
 
 from datetime import timedelta
 
@@ -9,10 +12,14 @@ from headway.store.retention import RetentionStore
 
 # So few that no statement holds a lock for long.
 DELETED_AT_ONCE = 200
+MESSAGES_AT_ONCE = 1000
 
 
 class Retention:
-    """Deletes jobs that ended longer than `age` ago, and of each tenant all but the `most` that ended last."""
+    """Deletes jobs that ended longer than `age` ago, and of each tenant all but the `most` that ended last.
+
+    And messages older than `age`.
+    """
 
     def __init__(self, store: Store, files: Files, *, age: timedelta, most: int) -> None:
         self._retention = RetentionStore(store)
@@ -30,4 +37,14 @@ class Retention:
                     await self._files.delete_job(job_id)
                 deleted += await self._retention.delete(ids)
         metrics.jobs_deleted.inc(deleted)
+        return deleted
+
+    async def sweep_rooms(self) -> int:
+        """Delete messages that are kept no longer, then rooms that are left empty; how many messages that were."""
+        deleted = 0
+        while gone := await self._retention.delete_messages(self._age, MESSAGES_AT_ONCE):
+            deleted += gone
+            metrics.messages_deleted.inc(gone)
+        while await self._retention.forget_rooms(self._age, DELETED_AT_ONCE):
+            pass
         return deleted

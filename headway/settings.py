@@ -6,6 +6,7 @@ Kubernetes secrets). A bad value ends the process with a sentence that names the
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -32,6 +33,16 @@ def _networks(value: object) -> object:
     return tuple(ip_network(str(item)) for item in _items(value))  # type: ignore[attr-defined]
 
 
+def _origins(value: tuple[str, ...]) -> tuple[str, ...]:
+    for origin in value:
+        if not ORIGIN.fullmatch(origin):
+            raise ValueError(
+                f"{origin[:100]!r} is not an origin as browsers send it, such as https://app.example: scheme and host "
+                "in small letters, a port only if it is not the usual one, no slash at the end"
+            )
+    return value
+
+
 def _url(*schemes: str) -> AfterValidator:
     """A check of a URL that never shows it: it may hold a password."""
 
@@ -49,6 +60,9 @@ def _url(*schemes: str) -> AfterValidator:
 
     return AfterValidator(check)
 
+
+# As browsers write it: no default port, no path, names in punycode.
+ORIGIN = re.compile(r"(?:http://(?!\S*:80$)|https://(?!\S*:443$))(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 
 Items = Annotated[tuple[str, ...], BeforeValidator(_items)]
 PostgresUrl = Annotated[SecretStr, _url("postgresql", "postgres")]
@@ -86,6 +100,11 @@ class Settings(BaseModel):
     key_pepper: SecretStr = Field(min_length=32, description="Secret mixed into the hash of every API key.")
     allowed_hosts: Items = Field(
         ("localhost", "127.0.0.1", "[::1]"), description="Host headers that are answered, separated by commas."
+    )
+    origins: Annotated[Items, AfterValidator(_origins)] = Field(
+        (),
+        description="Origins whose pages may connect with a ticket besides the service's own, separated by commas: "
+        "`https://app.example`.",
     )
     trusted_proxies: str = Field(
         "127.0.0.1",

@@ -32,7 +32,19 @@ from tests.conftest import TEMPLATE, Tenant, make_tenant, until
 from tests.faults.proxy import Proxy
 
 DATABASE = "headway_engine"
-TABLES = ("schedules", "artifacts", "failures", "events", "jobs", "files", "kinds", "api_keys", "tenants")
+TABLES = (
+    "messages",
+    "rooms",
+    "schedules",
+    "artifacts",
+    "failures",
+    "events",
+    "jobs",
+    "files",
+    "kinds",
+    "api_keys",
+    "tenants",
+)
 
 Handler = Callable[[JobContext], Awaitable[Any]]
 

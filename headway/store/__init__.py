@@ -17,6 +17,7 @@ import asyncpg
 from headway import metrics
 from headway.errors import JobError
 from headway.job import Artifact, Claim, Ending, Event, File, Job, Priority, timestamp
+from headway.keys import LiveKey
 from headway.states import JobState
 from headway.store import reads, sql
 
@@ -286,10 +287,9 @@ class Store:
         rows = await self.rows(reads.GET_FILE, file_id, tenant_id)
         return File(**rows[0]) if rows else None
 
-    async def get_key(self, key_id: str) -> tuple[UUID, bytes, str] | None:
-        """The tenant, the digest and the name of a live key."""
-        rows = await self.rows(reads.GET_KEY, key_id)
-        return (rows[0]["tenant_id"], rows[0]["digest"], rows[0]["name"]) if rows else None
+    async def live_keys(self, ids: Sequence[str]) -> dict[str, LiveKey]:
+        """Those of the keys that are neither revoked nor expired."""
+        return {row["id"]: LiveKey(**row) for row in await self.rows(reads.LIVE_KEYS, ids)}
 
     async def announce_kinds(self, kinds: Sequence[Mapping[str, Any]]) -> None:
         await self.rows(reads.ANNOUNCE_KINDS, kinds)

@@ -47,10 +47,10 @@ GET_FILE = """
 SELECT id, tenant_id, name, content_type, size, sha256, created_at FROM files WHERE id = $1 AND tenant_id = $2
 """
 
-# The tenant, the digest and the name of a key that is neither revoked nor expired. $1: id
-GET_KEY = """
-SELECT tenant_id, digest, name FROM api_keys
-WHERE id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+# Those of some keys that are neither revoked nor expired. $1: ids
+LIVE_KEYS = """
+SELECT id, tenant_id, name, digest FROM api_keys
+WHERE id = ANY($1::text[]) AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
 """
 
 # Tell everyone which kinds a worker runs. $1: [{name, description, timeout, max_attempts, input_schema, result_schema}]

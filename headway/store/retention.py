@@ -1,4 +1,4 @@
-"""What is kept no longer: ended jobs, by age and by number."""
+"""What is kept no longer: ended jobs, by age and by number, and messages of rooms, by age."""
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -42,6 +42,39 @@ WITH gone AS (
 SELECT id FROM gone
 """
 
+# Delete messages of long ago, the oldest first; how many there were. $1: age, $2: how many
+DELETE_MESSAGES = """
+WITH gone AS (
+    DELETE FROM messages m USING (
+        SELECT tenant_id, room, seq FROM messages WHERE created_at < now() - $1::interval
+        ORDER BY created_at LIMIT $2 FOR UPDATE SKIP LOCKED
+    ) old
+    WHERE m.tenant_id = old.tenant_id AND m.room = old.room AND m.seq = old.seq
+    RETURNING 1
+)
+SELECT count(*) FROM gone
+"""
+
+# Forget rooms whose messages are all gone, and let new ones of their tenants count on from there; how many there were.
+# $1: age, $2: how many
+FORGET_ROOMS = """
+WITH gone AS (
+    DELETE FROM rooms r USING (
+        SELECT tenant_id, name FROM rooms
+        WHERE last_at < now() - $1::interval
+            AND NOT EXISTS (SELECT FROM messages WHERE tenant_id = rooms.tenant_id AND room = rooms.name)
+        ORDER BY last_at LIMIT $2 FOR UPDATE SKIP LOCKED
+    ) old
+    WHERE r.tenant_id = old.tenant_id AND r.name = old.name
+    RETURNING r.tenant_id, r.seq
+), counted AS (
+    UPDATE tenants SET rooms_seq = greatest(rooms_seq, ended.seq)
+    FROM (SELECT tenant_id, max(seq) AS seq FROM gone GROUP BY tenant_id) ended
+    WHERE id = ended.tenant_id
+)
+SELECT count(*) FROM gone
+"""
+
 
 class RetentionStore:
     """Finds and deletes what is kept no longer."""
@@ -59,3 +92,11 @@ class RetentionStore:
     async def delete(self, ids: Sequence[UUID]) -> int:
         """How many there were."""
         return len(await self._store.rows(DELETE, ids))
+
+    async def delete_messages(self, age: timedelta, limit: int) -> int:
+        """How many there were."""
+        return int((await self._store.rows(DELETE_MESSAGES, age, limit))[0]["count"])
+
+    async def forget_rooms(self, age: timedelta, limit: int) -> int:
+        """How many there were."""
+        return int((await self._store.rows(FORGET_ROOMS, age, limit))[0]["count"])

@@ -7,6 +7,7 @@ from headway.events import Events, layer
 from headway.files import Files
 from headway.lifecycle import Lifecycle
 from headway.queue import Queue
+from headway.rooms import Rooms
 from headway.schedules import Schedules
 from headway.settings import Settings
 from headway.store import Store
@@ -14,9 +15,14 @@ from headway.store.live import LiveStore
 from headway.store.sets import SetStore
 from services.web.api.auth import Keyring
 from services.web.api.catalog import Catalog
+from services.web.api.tickets import Tickets
 from services.web.live.hub import Hub
 from services.web.live.jobs import Jobs
 from services.web.live.lines import heard
+from services.web.live.presence import Presence
+from services.web.live.revocation import Revocation
+from services.web.live.rooms import LiveRooms
+from services.web.live.session import Sort
 from services.web.live.sessions import Sessions
 from services.web.live.sets import Sets
 from services.web.live.waits import Waits
@@ -30,12 +36,16 @@ class App:
     store: Store
     lifecycle: Lifecycle
     schedules: Schedules
+    rooms: Rooms
     files: Files
     keyring: Keyring
+    tickets: Tickets
+    presence: Presence
     catalog: Catalog
     hub: Hub
     sessions: Sessions
     waits: Waits
+    revocation: Revocation
     queue: Queue
     events: Events
 
@@ -51,26 +61,35 @@ class App:
         live = LiveStore(store)
         followed = Jobs(live, hub)
         lifecycle = Lifecycle(store, jobs, events)
+        rooms, presence = Rooms(store, events), Presence(jobs.redis)
+        sorts: dict[str, Sort] = {
+            "jobs": followed,
+            "sets": Sets(live, SetStore(store), hub, keep=settings.keep_days * 86400),
+            "rooms": LiveRooms(rooms, presence, hub, events),
+        }
+        sessions = Sessions(hub, sorts, most=settings.connections)
+        keyring = Keyring(store, settings.key_pepper.get_secret_value())
         return cls(
             settings=settings,
             store=store,
             lifecycle=lifecycle,
             schedules=Schedules(store, lifecycle),
+            rooms=rooms,
             files=Files(settings.files_location, max_size=settings.max_file),
-            keyring=Keyring(store, settings.key_pepper.get_secret_value()),
+            keyring=keyring,
+            tickets=Tickets(jobs.redis, keyring),
+            presence=presence,
             catalog=Catalog(store),
             hub=hub,
-            sessions=Sessions(
-                hub,
-                {"jobs": followed, "sets": Sets(live, SetStore(store), hub, keep=settings.keep_days * 86400)},
-                most=settings.connections,
-            ),
+            sessions=sessions,
+            revocation=Revocation(store, sessions.open),
             waits=Waits(followed.find, hub),
             queue=jobs,
             events=events,
         )
 
     async def close(self) -> None:
+        await self.revocation.close()
         await self.sessions.close()
         await self.hub.close()
         await self.lifecycle.close()

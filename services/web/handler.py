@@ -15,13 +15,14 @@ from django.conf import settings
 from django.core.handlers.asgi import ASGIHandler
 from django.http import Http404
 from django.http.response import HttpResponseBase
-from django.urls import get_resolver
+from django.urls import ResolverMatch, get_resolver
 from django.utils.module_loading import import_string
 
 from headway.errors import MethodNotAllowed, NotFound, Unavailable
 from services.web.api.answers import CLIENT_LEFT, nothing, on_exception, refuse
 from services.web.api.auth import bearer
 from services.web.api.request import ApiRequest
+from services.web.live.entrance import enter_stream, has_ticket
 from services.web.live.stream import EventStream
 
 STREAMED = ("POST", "/api/v1/files")
@@ -100,6 +101,8 @@ class ApiHandler(ASGIHandler):
 
     async def _view(self, request: ApiRequest) -> HttpResponseBase:
         request.resolver_match = found = self._resolve(request.path_info)
+        if has_ticket(request):
+            return await self._ticketed(request, found)
         token = bearer(request.META.get("HTTP_AUTHORIZATION", ""))
         request.auth = await request.app.keyring.authenticate(token)
         if request.method != "HEAD":
@@ -114,6 +117,15 @@ class ApiHandler(ASGIHandler):
             return response.head()
         if response.streaming:
             response.streaming_content = nothing()  # type: ignore[attr-defined]
+        return response
+
+    async def _ticketed(self, request: ApiRequest, found: ResolverMatch) -> HttpResponseBase:
+        """A stream for a browser, which may be on a page of another origin: the ticket says of which."""
+        request.auth = await enter_stream(request)
+        response: HttpResponseBase = await found.func(request, *found.args, **found.kwargs)
+        if (origin := request.META.get("HTTP_ORIGIN")) is not None:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Vary"] = "Origin"
         return response
 
     async def _stream(self, response: HttpResponseBase, receive: Any, send: Any) -> None:

@@ -66,6 +66,14 @@ class WebSocket(WebSocketsSansIOProtocol):
         self.scope["headway.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
         await super().run_asgi()
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            # A path or a header of more than 8 KiB: uvicorn leaves the refusal unsent, and the connection open.
+            self.close_sent = True
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.transport.close()
+
     async def send(self, message: Any) -> None:
         await super().send(message)
         if self.close_sent:

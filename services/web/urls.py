@@ -12,7 +12,7 @@ from ninja.openapi.schema import OpenAPISchema
 from ninja.operation import Operation
 from ninja.parser import Parser
 
-from services.web.api import artifacts, events, files, jobs, kinds, schedules
+from services.web.api import artifacts, events, files, jobs, kinds, rooms, schedules, tickets
 from services.web.api.answers import on_exception
 from services.web.api.bodies import parse
 
@@ -61,6 +61,8 @@ api.add_router("", events.router)
 api.add_router("/files", files.router)
 api.add_router("/kinds", kinds.router)
 api.add_router("/schedules", schedules.router)
+api.add_router("/rooms", rooms.router)
+api.add_router("/ws-tickets", tickets.router)
 
 admin.site.site_header = admin.site.site_title = "Headway"
 admin.site.index_title = "Operations"

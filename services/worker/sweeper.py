@@ -15,7 +15,7 @@ log = structlog.get_logger(__name__)
 
 
 class Sweeper:
-    """Deletes jobs that are kept no longer."""
+    """Deletes jobs and messages that are kept no longer."""
 
     def __init__(self, retention: Retention) -> None:
         self._retention = retention
@@ -28,8 +28,10 @@ class Sweeper:
             try:
                 if deleted := await self._retention.sweep():
                     log.info("ended jobs were deleted", jobs=deleted)
+                if deleted := await self._retention.sweep_rooms():
+                    log.info("old messages were deleted", messages=deleted)
             except OUTAGES as error:
-                log.warning("ended jobs were not deleted; the next sweep follows", error=repr(error))
+                log.warning("not all that is old was deleted; the next sweep follows", error=repr(error))
             except OSError:
                 metrics.errors_caught.labels("files").inc()
                 log.exception("files of ended jobs were not deleted; the next sweep tries again")

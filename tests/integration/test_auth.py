@@ -25,6 +25,12 @@ ENDPOINTS = (
     ("GET", "/api/v1/files/00000000-0000-0000-0000-000000000000"),
     ("GET", "/api/v1/kinds"),
     ("GET", "/api/v1/kinds/demo.countdown"),
+    ("POST", "/api/v1/ws-tickets"),
+    ("GET", "/api/v1/rooms"),
+    ("POST", "/api/v1/rooms/lobby/messages"),
+    ("GET", "/api/v1/rooms/lobby/messages"),
+    ("GET", "/api/v1/rooms/lobby/presence"),
+    ("GET", "/api/v1/jobs/00000000-0000-0000-0000-000000000000/events?ticket=x"),
     ("DELETE", "/api/v1/jobs"),
 )
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -15,7 +15,7 @@ from psycopg.types.json import Json
 from uuid_utils.compat import uuid7
 
 from headway.embedded import Embedded
-from headway.store import groups, reads, sql
+from headway.store import groups, reads, retention, rooms, sql
 from tests.engine import Engine
 from tests.engine import engine as make_engine
 
@@ -44,6 +44,19 @@ INSERT INTO jobs (id, tenant_id, kind, state, input, timeout, position, concurre
 SELECT uuidv7(), $1, 'test.call', 'queued', '{}', 60, n, 'key ' || n % 10, true, 1 FROM generate_series(1, $2::int) n
 """
 
+# Rooms of the first tenant, a few of them idle for long, with as many messages each.
+ROOMS = """
+INSERT INTO rooms (tenant_id, name, seq, last_at)
+SELECT $1, 'room-' || n, CASE WHEN n % 500 = 0 THEN 0 ELSE 50 END, now() - n * interval '1 minute'
+FROM generate_series(1, 2000) n
+"""
+MESSAGES = """
+INSERT INTO messages (tenant_id, room, seq, id, author, key_id, publish_key, text, created_at)
+SELECT $1, 'room-' || n, seq, gen_random_uuid(), 'ada', 'key', seq, 'hi', now() - (n + 50 - seq) * interval '1 minute'
+FROM generate_series(1, 2000) n, generate_series(1, 50) seq WHERE n % 500 <> 0
+"""
+LARGE = ("jobs", "rooms", "messages")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -61,10 +74,12 @@ async def engine(servers: Embedded, folder: Path) -> AsyncIterator[Engine]:
         await engine.database.execute(BACKLOG, engine.tenant.id, PARKED)
         ids = [await engine.submit_kind("test.call", {}) for _ in range(OPEN)]
         await engine.lifecycle.claim(ids[: OPEN // 2], ["test.call"], "a worker")
-        await engine.database.execute("VACUUM ANALYZE jobs")
+        await engine.database.execute(ROOMS, engine.tenant.id)
+        await engine.database.execute(MESSAGES, engine.tenant.id)
+        await engine.database.execute("VACUUM ANALYZE jobs, rooms, messages")
         yield engine
         # The database is shared, and to delete them one by one takes a while.
-        await engine.database.execute("TRUNCATE jobs, events, artifacts")
+        await engine.database.execute("TRUNCATE jobs, events, artifacts, rooms, messages")
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -80,7 +95,7 @@ def planning(engine: Engine) -> Iterator[psycopg.Connection]:
 
 
 def explain(planning: psycopg.Connection, statement: str, *values: Any) -> None:
-    """Fail if the statement, run with these values, scans the jobs or reads many blocks of them. Undoes its work.
+    """Fail if the statement, run with these values, scans a large table or reads many blocks of it. Undoes its work.
 
     That must hold for its first run, which is planned for its values, and for the tenth, which Postgres may not have.
     """
@@ -94,7 +109,7 @@ def explain(planning: psycopg.Connection, statement: str, *values: Any) -> None:
         planning.execute("ROLLBACK TO before")
         shown = json.dumps(explained, indent=1)
         for node in nodes(explained["Plan"]):
-            if node.get("Relation Name") == "jobs":
+            if node.get("Relation Name") in LARGE:
                 assert node["Node Type"] != "Seq Scan", shown
                 assert node.get("Rows Removed by Filter", 0) <= 1000, shown
         blocks = explained["Plan"]["Shared Hit Blocks"] + explained["Plan"]["Shared Read Blocks"]
@@ -198,3 +213,22 @@ async def test_list(
     middle = await engine.database.fetchval("SELECT id FROM jobs ORDER BY id OFFSET 50000 LIMIT 1")
     for before in (None, middle):
         explain(planning, reads.LIST, engine.tenant.id, before, state, kind, tag, None, 51)
+
+
+async def test_rooms(engine: Engine, planning: psycopg.Connection) -> None:
+    tenant, [job, *_] = engine.tenant.id, await ids(engine, "queued")
+    for room, job_id, key in (
+        ("room-7", None, None),
+        ("room-7", None, "50"),
+        ("room-7", None, "51"),
+        ("none", job, None),
+    ):
+        explain(planning, rooms.PUBLISH, tenant, room, job_id, uuid7(), "ada", "key", key, "hi")
+    explain(planning, rooms.MAKE, tenant, f"job:{job}", job, 10_000)
+    explain(planning, rooms.EXTENTS, tenant, ["room-7", "none", f"job:{job}"], [None, None, job])
+    explain(planning, rooms.MESSAGES, tenant, "room-7", 40, 100)
+    explain(planning, rooms.MISSED, [tenant] * 50, [f"room-{n}" for n in range(1, 51)], [49] * 50, 200)
+    for before in ((None, None), (datetime.now(UTC) - timedelta(hours=10), "room-600")):
+        explain(planning, rooms.LIST, tenant, *before, 51)
+    explain(planning, retention.DELETE_MESSAGES, timedelta(minutes=2040), 100)
+    explain(planning, retention.FORGET_ROOMS, timedelta(minutes=1990), 100)

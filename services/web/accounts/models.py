@@ -20,6 +20,8 @@ class Tenant(models.Model):
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     name = models.SlugField(unique=True)
     created_at = models.DateTimeField(db_default=Now(), editable=False)
+    # Where a new room begins to count: no lower than any room that is gone, so that no seq comes twice under one name.
+    rooms_seq = models.BigIntegerField(db_default=0, editable=False)
 
     class Meta:
         db_table = "tenants"
@@ -213,6 +215,55 @@ class Failure(models.Model):
 
     class Meta:
         db_table = "failures"
+
+
+class Room(models.Model):
+    """A room of a tenant. `seq` is the number of its newest message."""
+
+    pk = models.CompositePrimaryKey("tenant_id", "name")
+    tenant = models.ForeignKey(Tenant, models.PROTECT, db_index=False)
+    name = models.TextField()
+    seq = models.BigIntegerField()
+    last_at = models.DateTimeField()
+
+    class Meta:
+        db_table = "rooms"
+        indexes: ClassVar = [
+            models.Index(fields=["tenant", "-last_at", "-name"], name="rooms_listing"),
+            models.Index(fields=["last_at"], name="rooms_by_age"),
+        ]
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+
+class Message(models.Model):
+    """What was said in a room. `publish_key` makes a repeat of it known."""
+
+    pk = models.CompositePrimaryKey("tenant_id", "room", "seq")
+    # The row is written in the statement that counts the room on, so the constraint would only cost time.
+    tenant = models.ForeignKey(Tenant, models.DO_NOTHING, db_index=False, db_constraint=False)
+    room = models.TextField()
+    seq = models.BigIntegerField()
+    id = models.UUIDField()
+    author = models.TextField()
+    key_id = models.CharField(max_length=16)
+    publish_key = models.TextField(null=True)
+    text = models.TextField()
+    created_at = models.DateTimeField()
+
+    class Meta:
+        db_table = "messages"
+        constraints: ClassVar = [
+            models.UniqueConstraint(
+                fields=["tenant", "room", "key_id", "author", "publish_key"],
+                name="messages_once",
+                condition=models.Q(publish_key__isnull=False),
+            ),
+        ]
+        indexes: ClassVar = [
+            models.Index(fields=["created_at"], name="messages_by_age"),
+        ]
 
 
 class File(models.Model):

@@ -1,15 +1,18 @@
-"""Who calls: API keys from the Authorization header."""
+"""Who calls: API keys from the Authorization header, and what whoever holds one may do."""
 
 import hmac
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from uuid import UUID
 
 from headway import keys
 from headway.errors import Unauthenticated
+from headway.rooms import job_of
 from headway.store import Store
+from headway.store.batch import Batch
 
 # A revoked key works no longer than this.
 REMEMBERED = 5.0
@@ -20,10 +23,10 @@ REFUSAL = "Send `Authorization: Bearer hw_live_…` with a key that is neither r
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who a request or a session acts for: the tenant, the key it came with, and what it may do.
+    """The tenant that a request acts for, the key it came with, and what it may do.
 
-    `user` is the name that others in a room see. `jobs` and `rooms` are what may be followed and joined; None is all of
-    the tenant's.
+    `user` is the name that others see in rooms. `jobs` and `rooms` are those that a ticket is limited to; None is no
+    limit. Without `publish` it only reads.
     """
 
     tenant_id: UUID
@@ -33,15 +36,25 @@ class Principal:
     rooms: frozenset[str] | None = None
     publish: bool = True
 
+    def may_follow(self, job_id: UUID) -> bool:
+        return self.jobs is None or job_id in self.jobs
+
+    def may_join(self, room: str) -> bool:
+        """Whether the room is among those that are permitted, and, if it is a job's, that job as well."""
+        job_id = job_of(room)
+        return (self.rooms is None or room in self.rooms) and (job_id is None or self.may_follow(job_id))
+
 
 class Keyring:
-    """Checks keys against the store and remembers those that hold for a few seconds."""
+    """Checks keys against the store, remembers those that hold for a few seconds."""
 
     def __init__(self, store: Store, pepper: str) -> None:
         self._store = store
         self._pepper = pepper
         # By the hash of the key: what is remembered must not be worth stealing.
         self._known: OrderedDict[bytes, tuple[float, Principal]] = OrderedDict()
+        # Many tickets are shown at once after a deploy: their keys share a query.
+        self._lives: Batch[str, bool] = Batch(self._live, most=1000)
 
     async def authenticate(self, text: str) -> Principal:
         """The principal of a key. Raises Unauthenticated, with one message for every reason."""
@@ -57,12 +70,20 @@ class Keyring:
             self._known.popitem(last=False)
         return principal
 
+    async def lives(self, key_id: str) -> bool:
+        """Whether a key is neither revoked nor expired at this moment."""
+        return await self._lives(key_id)
+
     async def _look_up(self, text: str) -> Principal:
         key = keys.parse(text)
-        row = await self._store.get_key(key.id) if key else None
-        if key is None or row is None or not hmac.compare_digest(row[1], key.digest(self._pepper)):
+        live = (await self._store.live_keys([key.id])).get(key.id) if key else None
+        if key is None or live is None or not hmac.compare_digest(live.digest, key.digest(self._pepper)):
             raise Unauthenticated(REFUSAL)
-        return Principal(row[0], key.id, row[2])
+        return Principal(live.tenant_id, live.id, live.name)
+
+    async def _live(self, ids: Sequence[str]) -> list[bool]:
+        live = await self._store.live_keys(list(set(ids)))
+        return [key_id in live for key_id in ids]
 
 
 def bearer(header: str) -> str:

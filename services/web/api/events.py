@@ -12,9 +12,9 @@ from headway.store.cursor import BadCursor, Cursor
 from services.web.api.answers import answer
 from services.web.api.request import ApiRequest
 from services.web.live.commands import JobItem, SetItem
+from services.web.live.entrance import EVENT_STREAM
 from services.web.live.stream import EventStream
 
-EVENT_STREAM = "text/event-stream"
 MARK = re.compile(r"([0-9]{1,9})-([0-9]{1,15})", re.ASCII)
 
 router = Router(tags=["events"])
@@ -29,6 +29,9 @@ class Page(Schema):
     limit: int = Field(default=100, ge=1, le=1000)
     last_event_id: str | None = Field(
         default=None, max_length=100, description="In place of the header Last-Event-ID, for a stream."
+    )
+    ticket: str | None = Field(
+        default=None, max_length=100, description="In place of the header Authorization, for a stream to a browser."
     )
 
 
@@ -66,7 +69,12 @@ class SetOfJobs(Schema):
     tag: str | None = Field(default=None, min_length=1, max_length=100)
     kind: str | None = Field(default=None, min_length=1, max_length=200)
     parent: UUID | None = None
-    last_event_id: str | None = Field(default=None, max_length=12_000, description="In place of the header.")
+    last_event_id: str | None = Field(
+        default=None, max_length=12_000, description="In place of the header Last-Event-ID."
+    )
+    ticket: str | None = Field(
+        default=None, max_length=100, description="In place of the header Authorization, for a stream to a browser."
+    )
 
 
 @router.get("/events", summary="What happens to many jobs, live")

@@ -6,13 +6,15 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from headway.errors import BadRequest, InvalidRequest
+from headway.rooms import LONGEST
 from services.web.api.bodies import parse
 
 MOST_NAME = 64
-MOST_TEXT = 4000
 
 Id = Annotated[str, Field(max_length=64)] | Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 Name = Annotated[str, Field(min_length=1, max_length=MOST_NAME)]
+Text = Annotated[str, Field(min_length=1, max_length=LONGEST)]
+PublishKey = Annotated[str, Field(min_length=1, max_length=64)]
 Seq = Annotated[int, Field(ge=0, le=1 << 53)]
 
 
@@ -66,8 +68,8 @@ class Unsubscribe(Command):
 class Publish(Command):
     t: Literal["publish"]
     room: Name
-    message: str = Field(min_length=1, max_length=MOST_TEXT)
-    key: str | None = Field(None, min_length=1, max_length=64)
+    message: Text
+    key: PublishKey | None = None
 
 
 class Refresh(Command):
@@ -82,6 +84,13 @@ class Pong(Command):
 Any_ = Annotated[Subscribe | Unsubscribe | Publish | Refresh | Pong, Field(discriminator="t")]
 _commands: TypeAdapter[Subscribe | Unsubscribe | Publish | Refresh | Pong] = TypeAdapter(Any_)
 _id: TypeAdapter[str | int] = TypeAdapter(Id)
+
+
+class Speech(Item):
+    """What a socket of one room takes. `key` makes a repeat of it known."""
+
+    message: Text
+    key: PublishKey | None = None
 
 
 class Unusable(Exception):
@@ -100,6 +109,15 @@ def read(text: str) -> Subscribe | Unsubscribe | Publish | Refresh | Pong | tupl
         return _given_id(value), _problem(error)
 
 
+def read_speech(text: str) -> Speech:
+    """What a frame on a socket of one room says. Raises BadRequest or InvalidRequest."""
+    value = parse(text.encode(errors="surrogatepass"))
+    try:
+        return Speech.model_validate(value)
+    except ValidationError as error:
+        raise _problem(error, depth=0) from None
+
+
 def _given_id(value: Any) -> str | int:
     try:
         return _id.validate_python(value["id"], strict=True)
@@ -107,9 +125,9 @@ def _given_id(value: Any) -> str | int:
         raise Unusable("A frame is a JSON object with a known `t` and an `id`, a short string or an integer.") from None
 
 
-def _problem(error: ValidationError) -> InvalidRequest:
+def _problem(error: ValidationError, *, depth: int = 1) -> InvalidRequest:
     errors = [
-        {"field": ".".join(str(part) for part in item["loc"][1:]) or "t", "message": item["msg"]}
+        {"field": ".".join(str(part) for part in item["loc"][depth:]) or "t", "message": item["msg"]}
         for item in error.errors(include_url=False, include_input=False)[:20]
     ]
     return InvalidRequest(f"{errors[0]['field']}: {errors[0]['message']}.", errors=errors)

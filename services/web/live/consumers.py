@@ -1,7 +1,9 @@
 """WebSockets as Channels consumers: `/ws/v1` speaks `jobs.v1`, `/ws/jobs/{id}` follows one job without a word."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import parse_qs
 
 import structlog
 from channels.exceptions import StopConsumer
@@ -10,21 +12,36 @@ from channels.routing import URLRouter
 from django.urls import path
 
 from headway import metrics
-from headway.errors import TooMany, Unauthenticated
+from headway.errors import InvalidRequest, OriginRefused, Problem, TicketRefused, TooMany, Unauthenticated, Unavailable
+from headway.rooms import check_name
 from headway.store import OUTAGES
-from services.web.api.auth import Principal, bearer
 from services.web.app import App
-from services.web.live.commands import JobItem
+from services.web.live.commands import JobItem, RoomItem
+from services.web.live.entrance import enter
 from services.web.live.lines import Line
 from services.web.live.session import (
+    BAD_MESSAGE,
     BROKEN,
     CONNECTION_LIMIT,
+    EXPIRED,
+    FOREIGN,
     NO_SUCH_JOB,
     PROTOCOL,
     TRY_AGAIN,
     UNAUTHORISED,
     Session,
 )
+from services.web.live.visits import RoomSession
+
+SEQ = re.compile(r"[0-9]{1,15}", re.ASCII)
+# What refuses a client that connects, and the code that its socket is closed with.
+CODES: dict[type[Problem], int] = {
+    TicketRefused: EXPIRED,
+    Unauthenticated: UNAUTHORISED,
+    OriginRefused: FOREIGN,
+    TooMany: CONNECTION_LIMIT,
+    Unavailable: TRY_AGAIN,
+}
 
 log = structlog.get_logger(__name__)
 
@@ -35,6 +52,7 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     channel_layer_alias = None
     # Whether the client takes several lines in one frame, as an array.
     batch = False
+    kind: type[Session] = Session
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,12 +67,11 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
         metrics.ws_connections.inc()
         sessions = self.app.sessions
         try:
-            session = Session(sessions, await self.enter(), self)
+            session = self.kind(sessions, await enter(self.app, self.scope), self)
             sessions.enter(session)
-        except Unauthenticated as error:
-            await self.close(UNAUTHORISED, str(error)[:120])
-        except TooMany as error:
-            await self.close(CONNECTION_LIMIT, str(error)[:120])
+        except Problem as problem:
+            code = next(code for refused, code in CODES.items() if isinstance(problem, refused))
+            await self.close(code, str(problem)[:120])
         except OUTAGES as error:
             log.warning("a socket was closed: the database is not available", error=repr(error))
             await self.close(TRY_AGAIN, "The database cannot be reached; connect again in a moment.")
@@ -78,10 +95,6 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     @property
     def app(self) -> App:
         return self.scope["headway"]  # type: ignore[no-any-return]
-
-    async def enter(self) -> Principal:
-        """Who the client is. Raises Unauthenticated."""
-        return await self.app.keyring.authenticate(_token(self.scope["headers"]))
 
     def begin(self, session: Session) -> None:
         """The session is open."""
@@ -135,8 +148,45 @@ class JobConsumer(LiveConsumer):
             session.close(NO_SUCH_JOB, f"There is no job {job_id}.")
 
 
-def _token(headers: list[tuple[bytes, bytes]]) -> str:
-    return next((bearer(value.decode("latin1")) for name, value in headers if name.lower() == b"authorization"), "")
+class RoomConsumer(LiveConsumer):
+    """One room: what is said in it, as flat objects, and who comes and goes. What the client sends is said."""
+
+    kind = RoomSession
+
+    def begin(self, session: Session) -> None:
+        session.subscribed = True
+        session.spawn(self._join(session))
+
+    async def websocket_receive(self, message: dict[str, Any]) -> None:
+        if self.session is not None:
+            self.session.take(message.get("text"))
+
+    async def _join(self, session: Session) -> None:
+        assert isinstance(session, RoomSession)
+        room = self.scope["url_route"]["kwargs"]["room"]
+        try:
+            check_name(room)
+            item = RoomItem(room=room, since=_since(self.scope["query_string"]))
+        except InvalidRequest as problem:
+            session.close(BAD_MESSAGE, str(problem)[:120])
+            return
+        session.room = room
+        opening = await session.part("rooms").subscribe([item])
+        if opening.names:
+            await opening.send()
+        elif session.principal.may_join(room):
+            session.close(NO_SUCH_JOB, f"There is no job {room.removeprefix('job:')}.")
+        else:
+            session.close(UNAUTHORISED, "The ticket does not let you into this room.")
+
+
+def _since(query: bytes) -> int | None:
+    """The seq after which to begin, of `?since=`. Raises InvalidRequest."""
+    given = parse_qs(query.decode("latin1"), keep_blank_values=True)
+    since = given.pop("since", [None])[-1]
+    if given or (since is not None and not SEQ.fullmatch(since)):
+        raise InvalidRequest("There is one parameter here, since: the seq of the last message that you have.")
+    return None if since is None else int(since)
 
 
 async def _no_such_path(scope: Any, receive: Any, send: Any) -> None:
@@ -147,6 +197,7 @@ async def _no_such_path(scope: Any, receive: Any, send: Any) -> None:
 websockets = URLRouter(
     [
         path("ws/v1", JobsConsumer.as_asgi()),
+        path("ws/rooms/<str:room>", RoomConsumer.as_asgi()),
         path("ws/jobs/<uuid:job_id>", JobConsumer.as_asgi()),
         path("<path:rest>", _no_such_path),  # type: ignore[arg-type]  # Channels routes to ASGI applications
     ]

@@ -44,6 +44,11 @@ class Plain:
     def of(cls, type: str, **fields: Any) -> "Plain":
         return cls(type, encode({"t": type, **fields}))
 
+    @classmethod
+    def bare(cls, type: str, value: Any) -> "Plain":
+        """What a socket without a protocol of its own is sent."""
+        return cls(type, encode(value))
+
     @property
     def size(self) -> int:
         return len(self._text)
@@ -93,3 +98,43 @@ class News:
 def heard(message: dict[str, Any]) -> Any:
     """A message of a topic as its listeners hear it: News of a job, anything else as it came."""
     return News.of(message) if message["type"] == "job.event" else message
+
+
+class Said:
+    """A message of a room as all sessions of the process share it, after that with the seq `prev`. `data` is JSON."""
+
+    __slots__ = ("_bare", "_framed", "data", "prev", "room", "seq")
+
+    def __init__(self, room: str, prev: int | None, seq: int, data: str) -> None:
+        self.room = room
+        self.prev = prev
+        self.seq = seq
+        self.data = data
+        self._framed: Plain | None = None
+        self._bare: Plain | None = None
+
+    @property
+    def framed(self) -> Plain:
+        """As `jobs.v1` has it."""
+        if self._framed is None:
+            prev = "null" if self.prev is None else self.prev
+            text = f'{{"t":"message","room":"{self.room}","prev":{prev},"seq":{self.seq},"d":{self.data}}}'
+            self._framed = Plain("message", text)
+        return self._framed
+
+    @property
+    def bare(self) -> Plain:
+        """As a socket of one room has it: one flat object."""
+        if self._bare is None:
+            self._bare = Plain("message", f'{self.data[:-1]},"seq":{self.seq},"room":"{self.room}"}}')
+        return self._bare
+
+
+class Change:
+    """Who is `here` in a room, or has `joined` or `left` it."""
+
+    __slots__ = ("bare", "framed")
+
+    def __init__(self, room: str, d: dict[str, Any]) -> None:
+        self.framed = Plain.of("presence", room=room, d=d)
+        self.bare = Plain.bare("presence", d)

@@ -32,8 +32,9 @@ OLDEST = 12 * 3600.0
 MOST_FRAME = 16 << 10
 
 NORMAL, RESTART, TRY_AGAIN, BROKEN = 1000, 1012, 1013, 1011
-TOO_OLD, OVERLOAD = 4000, 4013
-BAD_MESSAGE, UNAUTHORISED, CONNECTION_LIMIT, SUBSCRIPTION_LIMIT, NO_SUCH_JOB = 4500, 4501, 4504, 4505, 4506
+TOO_OLD, EXPIRED, OVERLOAD = 4000, 4001, 4013
+BAD_MESSAGE, UNAUTHORISED, FOREIGN = 4500, 4501, 4503
+CONNECTION_LIMIT, SUBSCRIPTION_LIMIT, NO_SUCH_JOB = 4504, 4505, 4506
 
 log = structlog.get_logger(__name__)
 
@@ -196,19 +197,22 @@ class Session:
 
     async def _obey(self) -> None:
         while self._commands and not self.writer.ending:
-            text = self._commands.popleft()
-            try:
-                command = commands.read(text)
-            except commands.Unusable as error:
-                self.close(BAD_MESSAGE, str(error)[:120])
-                return
-            if isinstance(command, tuple):
-                self.put("error", refusal(command[1]), id=command[0])
-                continue
-            try:
-                await self._do(command)
-            except Problem as problem:
-                self.put("error", refusal(problem), id=command.id)
+            await self.obey(self._commands.popleft())
+
+    async def obey(self, text: str) -> None:
+        """Do as a frame says, and answer it."""
+        try:
+            command = commands.read(text)
+        except commands.Unusable as error:
+            self.close(BAD_MESSAGE, str(error)[:120])
+            return
+        if isinstance(command, tuple):
+            self.put("error", refusal(command[1]), id=command[0])
+            return
+        try:
+            await self._do(command)
+        except Problem as problem:
+            self.put("error", refusal(problem), id=command.id)
 
     async def _do(self, command: commands.Command) -> None:
         if isinstance(command, commands.Subscribe):
