@@ -131,12 +131,13 @@ async def tenant(database: asyncpg.Connection) -> Tenant:
 
 @asynccontextmanager
 async def web(settings: Settings, *, port: int = 0) -> AsyncIterator[str]:
-    """The web service on uvicorn, as it is served; yields its URL."""
+    """The web service on uvicorn, as it is served; yields its URL. Its frames must be those that it describes."""
     from services.web.__main__ import Server, server_config
-    from services.web.asgi import Application
+    from tests.described import Described
 
     listener = socket.create_server((settings.host, port))
-    server = Server(server_config(Application(settings), settings))
+    application = Described(settings)
+    server = Server(server_config(application, settings))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:
         assert not serving.done(), "the web service did not start"
@@ -146,6 +147,7 @@ async def web(settings: Settings, *, port: int = 0) -> AsyncIterator[str]:
     finally:
         server.should_exit = True
         await serving
+    assert application.faults == []
 
 
 @asynccontextmanager

@@ -22,8 +22,8 @@ from services.web.app import App  # noqa: E402  # Django must be set up before i
 from services.web.handler import ApiHandler  # noqa: E402
 from services.web.live.consumers import websockets  # noqa: E402
 
-# Documentation is a page: django-ninja renders it with stock, synchronous Django views.
-PAGES_IN_API = frozenset({"/api/v1/docs", "/api/v1/openapi.json"})
+# Documentation is pages: stock, synchronous Django views render them.
+PAGES_IN_API = frozenset({"/api/v1/docs", "/api/v1/openapi.json", "/api/v1/live", "/api/v1/asyncapi.json"})
 
 
 class Application:

@@ -15,6 +15,7 @@ from ninja.parser import Parser
 from services.web.api import artifacts, events, files, jobs, kinds, rooms, schedules, tickets
 from services.web.api.answers import on_exception
 from services.web.api.bodies import parse
+from services.web.live import page
 
 
 class Api(NinjaAPI):
@@ -70,6 +71,8 @@ admin.site.index_title = "Operations"
 admin.site.enable_nav_sidebar = False
 
 urlpatterns = [
+    path("api/v1/live", page.page),
+    path("api/v1/asyncapi.json", page.document),
     path("api/v1/", api.urls),
     path("admin/", admin.site.urls),
     path("", RedirectView.as_view(url="/admin/")),

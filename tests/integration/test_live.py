@@ -158,7 +158,8 @@ async def happen(database: asyncpg.Connection, job_id: str, count: int) -> None:
     async with database.transaction():
         await database.execute(
             "INSERT INTO events (job_id, seq, type, data) SELECT $1, 1 + n, 'log', "
-            "jsonb_build_object('message', n || repeat('x', 1900), 'level', 'info') FROM generate_series(1, $2) n",
+            "jsonb_build_object('message', n || repeat('x', 1900), 'level', 'info', 'at', now()) "
+            "FROM generate_series(1, $2) n",
             job_id,
             count,
         )
@@ -166,13 +167,13 @@ async def happen(database: asyncpg.Connection, job_id: str, count: int) -> None:
             "INSERT INTO events (job_id, seq, type, data) VALUES ($1, $2, 'state', $3)",
             job_id,
             count + 2,
-            {"state": "succeeded", "attempt": 1, "result": {}},
+            {"state": "succeeded", "attempt": 1, "at": "2026-11-25T22:00:00.000Z", "result": {}},
         )
         await database.execute(
             "UPDATE jobs SET state = 'succeeded', seq = $2, finished_at = now(), progress = $3 WHERE id = $1",
             job_id,
             count + 2,
-            {"done": 1},
+            None,
         )
 
 

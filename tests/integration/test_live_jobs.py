@@ -14,6 +14,7 @@ from tests.integration.live_clients import live, stream
 from tests.integration.test_api_jobs import ended, idle, submit
 
 Frame = dict[str, Any]
+AT = "2026-11-25T22:00:00.000Z"
 
 
 async def write(database: asyncpg.Connection, job_id: str, count: int, *, end: bool = False) -> None:
@@ -22,17 +23,18 @@ async def write(database: asyncpg.Connection, job_id: str, count: int, *, end: b
         seq = await database.fetchval("UPDATE jobs SET seq = seq + $2 WHERE id = $1 RETURNING seq", job_id, count)
         await database.execute(
             "INSERT INTO events (job_id, seq, type, data) SELECT $1, $2 + n, 'log', "
-            "jsonb_build_object('message', n::text, 'level', 'info') FROM generate_series(1, $3) n",
+            "jsonb_build_object('message', n::text, 'level', 'info', 'at', $4::text) FROM generate_series(1, $3) n",
             UUID(job_id),
             seq - count,
             count,
+            AT,
         )
         if end:
             await database.execute(
                 "INSERT INTO events (job_id, seq, type, data) VALUES ($1, $2, 'state', $3)",
                 UUID(job_id),
                 seq + 1,
-                {"state": "succeeded", "attempt": 1, "result": {}},
+                {"state": "succeeded", "attempt": 1, "at": AT, "result": {}},
             )
             await database.execute(
                 "UPDATE jobs SET state = 'succeeded', seq = $2, finished_at = now() WHERE id = $1", job_id, seq + 1
@@ -155,7 +157,13 @@ async def test_pages_of_events(settings: Settings, redis: Redis, tenant: Tenant,
             seen += page["events"]
             after = page["next_after"]
         assert [(event["t"], event["seq"]) for event in seen] == [("state", 1), *(("log", n) for n in range(2, 6))]
-        assert seen[1] == {"t": "log", "job": job, "epoch": 1, "seq": 2, "d": {"level": "info", "message": "1"}}
+        assert seen[1] == {
+            "t": "log",
+            "job": job,
+            "epoch": 1,
+            "seq": 2,
+            "d": {"at": AT, "level": "info", "message": "1"},
+        }
         assert (await http.get(path, params={"limit": 1001})).status_code == 422
         assert (await http.get(path, params={"nothing": 1})).status_code == 422
         wrong = {"Accept": "text/event-stream", "Last-Event-ID": "yesterday"}

@@ -52,6 +52,8 @@ class Command(Item):
 
 
 class Subscribe(Command):
+    """Follow jobs, sets and rooms beside those that are followed. Answered by `ack`, then what was missed."""
+
     t: Literal["subscribe"]
     jobs: list[JobItem] = []
     sets: list[SetItem] = []
@@ -59,6 +61,8 @@ class Subscribe(Command):
 
 
 class Unsubscribe(Command):
+    """Follow these no longer."""
+
     t: Literal["unsubscribe"]
     jobs: list[UUID] = []
     sets: list[Name] = []
@@ -66,6 +70,8 @@ class Unsubscribe(Command):
 
 
 class Publish(Command):
+    """Say something in a room. A repeat with the same `key` is said once; both get the same ack."""
+
     t: Literal["publish"]
     room: Name
     message: Text
@@ -73,11 +79,15 @@ class Publish(Command):
 
 
 class Refresh(Command):
+    """Ask for a new snapshot of jobs that are followed."""
+
     t: Literal["refresh"]
     jobs: list[UUID]
 
 
 class Pong(Command):
+    """A sign of life."""
+
     t: Literal["pong"]
 
 
