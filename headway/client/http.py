@@ -22,6 +22,8 @@ import httpx
 from headway.client import credentials
 from headway.client.errors import BY_STATUS, ApiError, ClientError, ConnectionFailed, Unavailable
 from headway.client.follow import follow
+from headway.client.live import Live
+from headway.client.watch import Room, SetSubscription, watch
 
 TRIES = 4
 FIRST_PAUSE = 0.25
@@ -54,6 +56,7 @@ class Client:
             # uvicorn hangs up after 5 s of silence: be first, so that no request meets a closing connection.
             limits=httpx.Limits(keepalive_expiry=3),
         )
+        self.live = Live(self)
 
     @classmethod
     def from_environment(cls, *, url: str | None = None, api_key: str | None = None) -> "Client":
@@ -72,6 +75,7 @@ class Client:
         await self.close()
 
     async def close(self) -> None:
+        await self.live.close()
         await self._http.aclose()
 
     async def submit(
@@ -239,10 +243,57 @@ class Client:
     def follow(self, job_id: JobId) -> AsyncGenerator[Json, None]:
         """Every envelope of a job, from a snapshot of how it is now to its terminal state.
 
-        Lost connections are made again; what was missed meanwhile comes as a new snapshot. Nothing comes twice or out
-        of order. Raises NotFound, Unauthenticated, and ConnectionFailed if the server stays away for five minutes.
+        Lost connections are made again, and what was missed meanwhile is sent again, or a new snapshot. Nothing comes
+        twice or out of order. Raises NotFound, Unauthenticated, and ConnectionFailed if the server stays away for five
+        minutes. All that a client follows shares one socket.
         """
         return follow(self, str(job_id))
+
+    def watch(
+        self, *, tag: str | None = None, kind: str | None = None, parent: JobId | None = None, since: str | None = None
+    ) -> AsyncGenerator[Json, None]:
+        """Every envelope of all jobs that fit, without an end: snapshots of those that are open, then what happens.
+
+        `since` is the `cursor` of an envelope of before: what happened after it comes, in place of the snapshots. A
+        `resync` in between says that it is too old, or not of this database; snapshots follow. Raises as `follow` does.
+        """
+        fitting = {"tag": tag, "kind": kind, "parent": parent and str(parent)}
+        subscription = SetSubscription({name: value for name, value in fitting.items() if value is not None}, since)
+        return watch(self, subscription)
+
+    def room(self, name: str, *, since: int | None = None) -> Room:
+        """A room to listen and talk in. With `since` the messages after that seq come first; 0 is all that is kept."""
+        return Room(self, name, since)
+
+    async def ticket(
+        self,
+        origin: str,
+        *,
+        user: str | None = None,
+        jobs: Sequence[JobId] | None = None,
+        rooms: Sequence[str] | None = None,
+        publish: bool = True,
+    ) -> Json:
+        """A ticket with which a page of `origin` may connect, once, within 30 seconds: `{"ticket", "expires_at"}`.
+
+        `user` is the name that others in rooms see; `jobs` and `rooms` are all that the page may follow and join, and
+        `publish` is whether it may speak.
+        """
+        body: Json = {"origin": origin, "publish": publish}
+        if user is not None:
+            body["user"] = user
+        if jobs is not None:
+            body["jobs"] = [str(job_id) for job_id in jobs]
+        if rooms is not None:
+            body["rooms"] = [*rooms]
+        return await self._json("POST", "/ws-tickets", repeatable=True, json=body)
+
+    async def post_message(self, room: str, message: str) -> Json:
+        """See Room.send."""
+        headers = {"Idempotency-Key": uuid4().hex}
+        return await self._json(
+            "POST", f"/rooms/{_part(room)}/messages", repeatable=True, json={"message": message}, headers=headers
+        )
 
     async def wait(
         self,

@@ -14,11 +14,11 @@ from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from headway import JobContext, kind
-from headway.client import Client, InvalidRequest, NotFound, Unauthenticated
-from headway.client import follow as following
+from headway.client import Client, InvalidRequest, NotFound, Unauthenticated, live
 from headway.client import http as client_http
 from headway.settings import Settings
 from tests.conftest import Service, Tenant, web, worker
+from tests.line_kinds import write_lines  # noqa: F401
 
 
 class Copy(BaseModel):
@@ -132,13 +132,13 @@ async def test_following_starts_with_a_snapshot_and_ends_with_the_result(service
 async def test_following_goes_on_when_the_web_service_is_restarted(
     settings: Settings, redis: Redis, tenant: Tenant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(following, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(live, "LONGEST_PAUSE", 0.1)
     caplog.set_level(logging.WARNING, "headway.client")
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(worker(settings))
         async with web(settings) as url:
             client = await stack.enter_async_context(Client(url, tenant.api_key))
-            job = await client.submit("demo.countdown", {"seconds": 4})
+            job = await client.submit("test.lines", {"count": 60})
             envelopes = await stack.enter_async_context(aclosing(client.follow(job["id"])))
             seen = [await anext(envelopes) for _ in range(3)]
         following_on = asyncio.create_task(collect(envelopes))
@@ -147,8 +147,10 @@ async def test_following_goes_on_when_the_web_service_is_restarted(
 
     seqs = [envelope["seq"] for envelope in seen]
     assert seqs == sorted(set(seqs))
-    assert [envelope["t"] for envelope in seen].count("snapshot") >= 2
-    assert "progress" in [envelope["t"] for envelope in seen[5:]]
+    lines = [envelope["d"]["message"] for envelope in seen if envelope["t"] == "log"]
+    # Of those before the snapshot there is no word.
+    assert lines == [str(number) for number in range(int(lines[0]), 60)]
+    assert [envelope["t"] for envelope in seen].count("snapshot") == 1
     assert seen[-1]["d"]["state"] == "succeeded"
     assert "The live connection broke" in caplog.text
 

@@ -142,6 +142,9 @@ class Visit:
         self._fresh = not start.follows
         if start.reset:
             self._reset(start.reset)
+        elif self._part.session.hello and self.held == start.newest:
+            # Without a message to tell it, the client would not know where to go on if the connection broke now.
+            self._part.session.put("hb", {"jobs": {}, "rooms": {self.room.place[1]: self.held}})
         writer, rooms = self._part.session.writer, self._part.rooms.rooms
         # Nothing can be told between this look and `live`.
         while not self.over and self.held < (self.room.held or 0):
