@@ -1,6 +1,6 @@
 # Headway's front door. `make` alone prints the manual.
 .DEFAULT_GOAL := help
-.PHONY: help run test check docs bench chaos lock clean
+.PHONY: help run test browser check docs bench chaos lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,6 +17,10 @@ run: $(VENV)/run.stamp ## Start everything here, without Docker; HEADWAY_PORT (8
 
 test: $(VENV)/dev.stamp ## Run the tests on servers of their own; ARGS="-k csv" chooses some
 	@$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
+
+browser: $(VENV)/dev.stamp ## Test pages and clients in Chromium and Firefox, with programs of npm, and through nginx
+	@sh tests/browser/install.sh
+	@$(BIN)/python -m pytest tests/browser --numprocesses 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/dev.stamp ## Check style, types, import contracts, migrations, manifests and the docs
 	$(BIN)/ruff check .
@@ -43,7 +47,7 @@ lock: ## Write requirements/*.txt anew from pyproject.toml (needs uv); ARGS=--up
 LOCK = uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url pyproject.toml $(ARGS)
 
 clean: ## Remove .venv and caches; data in .headway stays
-	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis tests/browser/node_modules
 
 # One virtual environment; a stamp is older than its lock when packages must be installed again.
 $(VENV)/%.stamp: requirements/%.txt pyproject.toml
