@@ -13,7 +13,7 @@ from uuid import UUID
 
 import structlog
 from arq.constants import job_key_prefix
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from headway import metrics
@@ -22,8 +22,6 @@ NAME = "headway:queue"
 FUNCTION = "run"
 EXPIRES_MS = 86_400_000
 MOST_WAITING = 100_000
-# Whoever comes when all are in use waits for one: a thousand sockets that open at once do not open as many here.
-CONNECTIONS = 32
 
 # Pop ids and forget the calls of these, and of those that were popped before.
 # ARGV: how many, prefix of the calls' keys, ids popped before
@@ -51,15 +49,8 @@ def serialize(call: dict[str, Any]) -> bytes:
 
 def connect(url: str) -> Redis:
     """A client whose every call ends within seconds, also when Redis hangs."""
-    pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
-        url,
-        max_connections=CONNECTIONS,
-        timeout=3,
-        socket_connect_timeout=1,
-        socket_timeout=5,
-        health_check_interval=15,
-    )
-    return Redis.from_pool(pool)
+    client: Redis = Redis.from_url(url, socket_connect_timeout=1, socket_timeout=5, health_check_interval=15)
+    return client
 
 
 class Queue:

@@ -28,6 +28,8 @@ from services.web.api.request import ApiRequest
 LIFE = timedelta(seconds=30)
 PREFIX = "headway:ticket:"
 MOST_NAMED = 256
+# Tickets that are issued or redeemed at the same time; more take turns, and not as many connections.
+AT_ONCE = 8
 # Seconds that Redis is waited for.
 PATIENCE = 3.0
 
@@ -43,6 +45,7 @@ class Tickets:
     def __init__(self, redis: Redis, keyring: Keyring) -> None:
         self._redis = redis
         self._keyring = keyring
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def issue(self, principal: Principal, origin: str) -> tuple[str, datetime]:
         """A ticket that pages of `origin` may connect with as `principal`, and when it expires. Raises Unavailable."""
@@ -58,7 +61,7 @@ class Tickets:
                 "origin": origin,
             }
         )
-        async with _reached(), self._redis.pipeline(transaction=False) as pipe:
+        async with self._reached(), self._redis.pipeline(transaction=False) as pipe:
             pipe.set(_name(ticket), kept, ex=LIFE)
             # Redis makes it expire, so its clock tells when.
             pipe.time()
@@ -71,7 +74,7 @@ class Tickets:
         A page of the service itself sends no Origin with a plain GET, so that `None` stands for `own` there: pass `own`
         as None where browsers always send one. Raises TicketRefused, OriginRefused or Unavailable.
         """
-        async with _reached():
+        async with self._reached():
             kept = await self._redis.getdel(_name(ticket))
         if kept is None:
             raise TicketRefused(REFUSAL)
@@ -91,19 +94,18 @@ class Tickets:
             publish=said["publish"],
         )
 
+    @asynccontextmanager
+    async def _reached(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(PATIENCE), self._turns:
+                yield
+        except (RedisError, OSError) as error:
+            log.warning("tickets are not available: Redis does not answer", error=repr(error))
+            raise Unavailable("Redis cannot be reached, which keeps the tickets. Try again.") from None
+
 
 def _name(ticket: str) -> str:
     return PREFIX + sha256(ticket.encode(errors="replace")).hexdigest()
-
-
-@asynccontextmanager
-async def _reached() -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(PATIENCE):
-            yield
-    except (RedisError, OSError) as error:
-        log.warning("tickets are not available: Redis does not answer", error=repr(error))
-        raise Unavailable("Redis cannot be reached, which keeps the tickets. Try again.") from None
 
 
 def shown(name: str) -> str:

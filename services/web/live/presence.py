@@ -19,6 +19,8 @@ from headway.errors import Unavailable
 LIVES = 30
 PATIENCE = 3.0
 MOST_SHOWN = 1000
+# A thousand sockets that open or close at once take turns, and not as many connections.
+AT_ONCE = 8
 
 # The names whose entries hold, each once.
 NAMES = """
@@ -78,11 +80,12 @@ class Presence:
         self._read = redis.register_script(READ)
         self._renew = redis.register_script(RENEW)
         self._leave = redis.register_script(LEAVE)
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
     async def here(self, tenant_id: UUID, room: str) -> list[str]:
         """The names of those who are in a room, in alphabetical order, 1,000 at most. Raises Unavailable."""
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(PATIENCE), self._turns:
                 names = await self._read(keys=[_key((tenant_id, room))], args=[LIVES])
         except (RedisError, OSError) as error:
             log.warning("who is in a room is not known: Redis does not answer", error=repr(error))
@@ -95,7 +98,7 @@ class Presence:
         if not places:
             return {}
         try:
-            async with asyncio.timeout(PATIENCE), self._redis.pipeline(transaction=False) as pipe:
+            async with asyncio.timeout(PATIENCE), self._turns, self._redis.pipeline(transaction=False) as pipe:
                 for place in places:
                     members = [_entry(*entry) for entry in entries[place]]
                     await self._renew(keys=[_key(place)], args=[LIVES, *members], client=pipe)
@@ -109,7 +112,7 @@ class Presence:
     async def leave(self, place: Place, socket: UUID, name: str) -> bool:
         """A socket leaves a room. Whether the name is still there, by another socket, as far as Redis is."""
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(PATIENCE), self._turns:
                 names = await self._leave(keys=[_key(place)], args=[LIVES, _entry(socket, name)])
         except (RedisError, OSError) as error:
             metrics.presence_failures.inc()
