@@ -15,7 +15,7 @@ from psycopg.types.json import Json
 from uuid_utils.compat import uuid7
 
 from headway.embedded import Embedded
-from headway.store import groups, reads, retention, rooms, sql
+from headway.store import groups, live, reads, retention, rooms, sets, sql
 from tests.engine import Engine
 from tests.engine import engine as make_engine
 
@@ -55,7 +55,7 @@ INSERT INTO messages (tenant_id, room, seq, id, author, key_id, publish_key, tex
 SELECT $1, 'room-' || n, seq, gen_random_uuid(), 'ada', 'key', seq, 'hi', now() - (n + 50 - seq) * interval '1 minute'
 FROM generate_series(1, 2000) n, generate_series(1, 50) seq WHERE n % 500 <> 0
 """
-LARGE = ("jobs", "rooms", "messages")
+LARGE = ("jobs", "events", "rooms", "messages")
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +72,15 @@ async def engine(servers: Embedded, folder: Path) -> AsyncIterator[Engine]:
         )
         await engine.database.execute(HISTORY, engine.tenant.id, FINISHED)
         await engine.database.execute(BACKLOG, engine.tenant.id, PARKED)
+        await engine.database.execute(
+            "INSERT INTO events (job_id, seq, type, data, xid) "
+            "SELECT id, 3, 'state', '{\"state\": \"succeeded\"}', '1' FROM jobs WHERE state = 'succeeded'"
+        )
         ids = [await engine.submit_kind("test.call", {}) for _ in range(OPEN)]
         await engine.lifecycle.claim(ids[: OPEN // 2], ["test.call"], "a worker")
         await engine.database.execute(ROOMS, engine.tenant.id)
         await engine.database.execute(MESSAGES, engine.tenant.id)
-        await engine.database.execute("VACUUM ANALYZE jobs, rooms, messages")
+        await engine.database.execute("VACUUM ANALYZE jobs, events, rooms, messages")
         yield engine
         # The database is shared, and to delete them one by one takes a while.
         await engine.database.execute("TRUNCATE jobs, events, artifacts, rooms, messages")
@@ -119,7 +123,11 @@ def explain(planning: psycopg.Connection, statement: str, *values: Any) -> None:
 
 
 def _literal(value: Any) -> Any:
-    return Json(value) if isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], dict)) else value
+    return (
+        Json(value)
+        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict))
+        else value
+    )
 
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -232,3 +240,31 @@ async def test_rooms(engine: Engine, planning: psycopg.Connection) -> None:
         explain(planning, rooms.LIST, tenant, *before, 51)
     explain(planning, retention.DELETE_MESSAGES, timedelta(minutes=2040), 100)
     explain(planning, retention.FORGET_ROOMS, timedelta(minutes=1990), 100)
+
+
+async def test_followed_jobs(engine: Engine, planning: psycopg.Connection) -> None:
+    followed = await ids(engine, "running")
+    tenants = [engine.tenant.id] * len(followed)
+    none = [None] * len(followed)
+    explain(planning, live.FIND, followed, tenants, none, none, live.TAIL, live.MOST_BYTES)
+    explain(
+        planning, live.FIND, followed, tenants, [1] * len(followed), [1] * len(followed), live.TAIL, live.MOST_BYTES
+    )
+    explain(planning, live.SEQS, followed)
+    explain(planning, sets.PROGRESS, followed)
+
+
+async def test_sets(engine: Engine, planning: psycopg.Connection) -> None:
+    tenant_id = engine.tenant.id
+    before = await engine.database.fetchval("SELECT pg_current_snapshot()::text")
+    for _ in range(20):
+        await engine.submit_kind("test.call", {})
+    xmax = before.split(":")[1]
+    explain(planning, sets.NEWS, xmax, [], sets.MOST_BEHIND + 1, [tenant_id], live.MOST_BYTES)
+    explain(planning, sets.NEWS, xmax, ["5", "7"], sets.MOST_BEHIND + 1, [tenant_id], live.MOST_BYTES)
+    wanted: list[tuple[Any, Any, Any]] = [(None, None, None), ("rare.kind", None, None), (None, "nightly", None)]
+    for kind, tag, parent in wanted:
+        missed = [xmax, ["5"], sets.MOST_SCANNED + 1, tenant_id, kind, tag, parent, None, None, None, None]
+        explain(planning, sets.MISSED, *missed, sets.MOST_BEHIND + 1)
+        explain(planning, sets.OPEN_JOBS, 100, live.MOST_BYTES, tenant_id, kind, tag, parent)
+    explain(planning, sets.EVENTS_AT, (await ids(engine, "queued"))[:10], [1] * 10)

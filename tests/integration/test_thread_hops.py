@@ -54,12 +54,18 @@ class Api:
         """The status and the body of the answer."""
         messages = [{"type": "http.request", "body": body, "more_body": False}]
         sent: list[dict[str, Any]] = []
+        complete = asyncio.Event()
 
         async def receive() -> dict[str, Any]:
-            return messages.pop() if messages else await asyncio.Event().wait()  # type: ignore[return-value]
+            if messages:
+                return messages.pop()
+            await complete.wait()
+            return {"type": "http.disconnect"}
 
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                complete.set()
 
         path, _, query = path.partition("?")
         bearer = f"Bearer {self.key if key is None else key}".encode()
@@ -105,6 +111,8 @@ async def test_a_thousand_requests_of_all_sorts_make_no_hop(api: Api, monkeypatc
         (200, ("HEAD", path)),
         (200, ("GET", f"{path}?wait=0.001")),
         (200, ("GET", f"{path}/artifacts")),
+        (200, ("GET", f"{path}/events")),
+        (404, ("GET", f"/api/v1/jobs/{NOWHERE}/events")),
         (202, ("POST", "/api/v1/jobs", json.dumps(COUNTDOWN).encode())),
         (201, ("POST", "/api/v1/files?name=a.csv", b"a,b\n1,2\n")),
         (201, ("POST", "/api/v1/rooms/lobby/messages", b'{"message": "hi"}')),
@@ -131,6 +139,20 @@ async def test_a_thousand_requests_of_all_sorts_make_no_hop(api: Api, monkeypatc
         for _ in range(10):
             assert (await api("GET", "/api/v1/jobs", key="wrong"))[0] == 401
         assert (await api("POST", f"{path}/cancel"))[0] == 200
+    assert counted == {}
+
+
+async def test_streams_make_no_hop(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, job = await api("POST", "/api/v1/jobs", json.dumps(COUNTDOWN).encode())
+    path = f"/api/v1/jobs/{json.loads(job)['id']}"
+    accept = [(b"accept", b"text/event-stream")]
+    await api("POST", f"{path}/cancel")
+    with hops(monkeypatch) as counted:
+        assert (await api("GET", f"{path}/events", headers=accept))[1].count(b"event: ") == 2
+        assert (await api("GET", f"{path}/events?last_event_id=1-2", headers=accept))[0] == 204
+        assert (await api("HEAD", f"{path}/events", headers=accept))[0] == 200
+        assert (await api("GET", f"/api/v1/jobs/{NOWHERE}/events", headers=accept))[0] == 404
+        assert (await api("GET", "/api/v1/events?last_event_id=x", headers=accept))[0] == 400
     assert counted == {}
 
 

@@ -11,11 +11,11 @@ from services.web.api.bodies import parse
 
 MOST_NAME = 64
 
-Id = Annotated[str, Field(max_length=64)] | Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
+Id = Annotated[str, Field(max_length=64)] | Annotated[int, Field(strict=True, ge=-(1 << 53), le=1 << 53)]
 Name = Annotated[str, Field(min_length=1, max_length=MOST_NAME)]
 Text = Annotated[str, Field(min_length=1, max_length=LONGEST)]
 PublishKey = Annotated[str, Field(min_length=1, max_length=64)]
-Seq = Annotated[int, Field(ge=0, le=1 << 53)]
+Seq = Annotated[int, Field(strict=True, ge=0, le=1 << 53)]
 
 
 class Item(BaseModel):
@@ -27,7 +27,7 @@ class JobItem(Item):
 
     job: UUID
     since: Seq | None = None
-    epoch: int | None = None
+    epoch: Annotated[int, Field(strict=True, ge=0, lt=1 << 31)] | None = None
 
 
 class SetItem(Item):
