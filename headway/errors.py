@@ -16,10 +16,13 @@ HeadwayError
 │   ├── InvalidRequest         422 invalid-request
 │   │   ├── UnknownKind        422 unknown-kind
 │   │   ├── KeyReused          422 idempotency-key-reused
-│   │   └── InvalidInput       422 invalid-input
+│   │   ├── InvalidInput       422 invalid-input
+│   │   └── QueryRefused       422 query-refused
 │   ├── TooMany                429 too-many
 │   ├── Internal               500 internal
 │   ├── Unavailable            503 unavailable
+│   ├── SourceUnavailable      503 source-unavailable
+│   ├── DeadlinePassed         504 deadline-passed
 │   └── NoStorage              507 no-storage
 ├── JobError                   a job's `error`, shown to its owner
 │   ├── Fatal                  fatal          raised by handlers: this input can never succeed
@@ -161,6 +164,12 @@ class InvalidInput(InvalidRequest):
     slug, title = "invalid-input", "The input does not fit the kind"
 
 
+class QueryRefused(InvalidRequest):
+    """The statement is not one that reads, or the source refuses it; the detail has the source's own words."""
+
+    slug, title = "query-refused", "The statement is refused"
+
+
 class TooMany(Problem):
     """More connections or subscriptions than a client may have at a time; the detail names the limit."""
 
@@ -180,6 +189,21 @@ class Unavailable(Problem):
 
     def __init__(self, detail: str, *, retry_after: int = 2) -> None:
         super().__init__(detail, headers={"Retry-After": str(retry_after)})
+
+
+class SourceUnavailable(Problem):
+    """The database that the request names cannot be reached, or went away. Ask again later."""
+
+    status, slug, title = 503, "source-unavailable", "The source is not available right now"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"Retry-After": "2"})
+
+
+class DeadlinePassed(Problem):
+    """The statement took longer than it may, and was ended in its database. Ask for less, or submit `sql.export`."""
+
+    status, slug, title = 504, "deadline-passed", "The time is over"
 
 
 class NoStorage(Problem):
@@ -257,9 +281,12 @@ PROBLEMS: tuple[type[Problem], ...] = (
     UnknownKind,
     KeyReused,
     InvalidInput,
+    QueryRefused,
     TooMany,
     Internal,
     Unavailable,
+    SourceUnavailable,
+    DeadlinePassed,
     NoStorage,
 )
 JOB_ERRORS: tuple[type[JobError], ...] = (Fatal, Retry, InputRefused, TimedOut, HandlerFailed, ChildDied, Crashed)

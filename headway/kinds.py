@@ -134,8 +134,11 @@ class JobContext(ABC):
         raise Fatal("A kind that runs as a process cannot have children; submit them from one that runs in the worker.")
 
     @abstractmethod
-    def source(self, name: str) -> str:
-        """The URL of a source from the settings. Raises Fatal, naming those that exist, if there is none."""
+    def source(self, name: str, *, reading: bool = False) -> str:
+        """The URL of a source from the settings, with `reading` the one for what only reads.
+
+        Raises Fatal, naming those that exist, if there is none.
+        """
 
 
 Handler = Callable[[JobContext, Any], Awaitable[Any]]

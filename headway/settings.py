@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 
 from headway.errors import InvalidSettings
 
@@ -27,6 +36,11 @@ def _items(value: object) -> object:
 
 def _mapping(value: object) -> object:
     return json.loads(value) if isinstance(value, str) else value
+
+
+def _source(value: object) -> object:
+    """A URL alone to a source of it."""
+    return {"url": value} if isinstance(value, str) else value
 
 
 def _networks(value: object) -> object:
@@ -43,8 +57,8 @@ def _origins(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
-def _url(*schemes: str) -> AfterValidator:
-    """A check of a URL that never shows it: it may hold a password."""
+def _url(*schemes: str, drivers: bool = False) -> AfterValidator:
+    """A check of a URL that never shows it: it may hold a password. `drivers`: `scheme+driver://` passes too."""
 
     def check(value: SecretStr) -> SecretStr:
         try:
@@ -54,7 +68,7 @@ def _url(*schemes: str) -> AfterValidator:
             readable = False
         if not readable:
             raise ValueError("this is not a URL; percent-encode special characters in its user and password")
-        if schemes and parts.scheme not in schemes:
+        if schemes and (parts.scheme.partition("+")[0] if drivers else parts.scheme) not in schemes:
             raise ValueError(f"the URL must begin with {' or '.join(f'{scheme}://' for scheme in schemes)}")
         return value
 
@@ -67,7 +81,33 @@ ORIGIN = re.compile(r"(?:http://(?!\S*:80$)|https://(?!\S*:443$))(?:[a-z0-9._-]+
 Items = Annotated[tuple[str, ...], BeforeValidator(_items)]
 PostgresUrl = Annotated[SecretStr, _url("postgresql", "postgres")]
 RedisUrl = Annotated[SecretStr, _url("redis", "rediss", "unix")]
-SourceUrl = Annotated[SecretStr, _url()]
+SourceUrl = Annotated[SecretStr, _url("postgresql", "postgres", "sqlite", "mysql", drivers=True)]
+
+
+class Source(BaseModel):
+    """A database that the operator has named. What only reads uses `read_url`, that of a role which can do no more."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: SourceUrl
+    read_url: SourceUrl | None = None
+
+    @property
+    def reading(self) -> SecretStr:
+        """The URL for what only reads."""
+        return self.read_url or self.url
+
+    @model_validator(mode="after")
+    def _alike(self) -> "Source":
+        if dialect(self.url) != dialect(self.reading):
+            raise ValueError("url and read_url must name the same kind of database")
+        return self
+
+
+def dialect(url: SecretStr) -> str:
+    """`postgresql`, `sqlite` or `mysql`."""
+    name = urlsplit(url.get_secret_value()).scheme.partition("+")[0]
+    return "postgresql" if name == "postgres" else name
 
 
 class Settings(BaseModel):
@@ -85,11 +125,16 @@ class Settings(BaseModel):
     )
     redis_url: RedisUrl = Field(description="Redis that carries wake-ups and live events: `redis://host:port/0`.")
     database_pool: int = Field(10, ge=2, le=200, description="Most Postgres connections a process holds.")
-    sources: Annotated[dict[str, SourceUrl], BeforeValidator(_mapping)] = Field(
+    sources: Annotated[dict[str, Annotated[Source, BeforeValidator(_source)]], BeforeValidator(_mapping)] = Field(
         default_factory=dict,
-        description='Databases that kinds may use, JSON: `{"default": "postgresql+asyncpg://…"}`. '
+        description='Databases that queries and kinds may use, JSON: `{"default": "postgresql+asyncpg://…"}`, or '
+        '`{"default": {"url": "…", "read_url": "…"}}` with a role for what only reads. '
         "Headway's own database is refused.",
     )
+    source_pool: int = Field(5, ge=1, le=200, description="Most connections a process holds to a source for queries.")
+    query_timeout: float = Field(30, gt=0, le=3600, description="Longest time of `POST /query`.")
+    query_rows: int = Field(10_000, ge=1, description="Most rows that `POST /query` answers with.")
+    query_bytes: int = Field(4 << 20, ge=1024, description="Most bytes of rows that `POST /query` answers with.")
     files_url: str | None = Field(
         None,
         pattern=r"^file:///",
@@ -174,8 +219,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
 
 def _refuse_own_database(settings: Settings) -> None:
     own = _place(settings.database_url)
-    for name, url in settings.sources.items():
-        if url.get_secret_value().startswith("postgres") and _place(url) == own:
+    for name, source in settings.sources.items():
+        if any(dialect(url) == "postgresql" and _place(url) == own for url in (source.url, source.reading)):
             raise InvalidSettings(
                 f"HEADWAY_SOURCES names Headway's own database as {name!r}; give the source a database of its own."
             )

@@ -95,7 +95,7 @@ async def database(settings: Settings) -> AsyncIterator[asyncpg.Connection]:
 @pytest.fixture
 async def source(servers: Embedded, settings: Settings) -> AsyncIterator[asyncpg.Connection]:
     """The source `default`, empty, and a connection of the test's own to it."""
-    url = settings.sources["default"].get_secret_value()
+    url = settings.sources["default"].url.get_secret_value()
     with psycopg.connect(servers.postgres_url("postgres"), autocommit=True) as admin:
         admin.execute(f"CREATE DATABASE {url.rpartition('/')[2]} TEMPLATE template0 STRATEGY file_copy")
     connection = await asyncpg.connect(url.replace("postgresql+asyncpg://", "postgresql://"))

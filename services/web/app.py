@@ -10,6 +10,7 @@ from headway.queue import Queue
 from headway.rooms import Rooms
 from headway.schedules import Schedules
 from headway.settings import Settings
+from headway.sources import Sources
 from headway.store import Store
 from headway.store.live import LiveStore
 from headway.store.sets import SetStore
@@ -38,6 +39,7 @@ class App:
     schedules: Schedules
     rooms: Rooms
     files: Files
+    sources: Sources
     keyring: Keyring
     tickets: Tickets
     presence: Presence
@@ -76,6 +78,7 @@ class App:
             schedules=Schedules(store, lifecycle),
             rooms=rooms,
             files=Files(settings.files_location, max_size=settings.max_file),
+            sources=Sources(settings.sources, pool=settings.source_pool),
             keyring=keyring,
             tickets=Tickets(jobs.redis, keyring),
             presence=presence,
@@ -92,6 +95,7 @@ class App:
         await self.revocation.close()
         await self.sessions.close()
         await self.hub.close()
+        await self.sources.close()
         await self.lifecycle.close()
         await self.queue.close()
         await self.events.close()

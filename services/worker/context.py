@@ -200,8 +200,9 @@ class Context(JobContext):
             await asyncio.get_running_loop().create_future()
         return endings or []
 
-    def source(self, name: str) -> str:
-        return find_source(self._parts.settings.sources, name).get_secret_value()
+    def source(self, name: str, *, reading: bool = False) -> str:
+        source = find_source(self._parts.settings.sources, name)
+        return (source.reading if reading else source.url).get_secret_value()
 
     async def close(self) -> Mapping[str, Any] | None:
         """Take no more reports, let one that is being written end; the newest one, which finishing the job writes."""

@@ -163,7 +163,10 @@ def _start(kind: Kind, claim: Claim, settings: Settings) -> dict[str, Any]:
         "checkpoint": claim.checkpoint,
         "input": claim.input,
         "max_result": settings.max_result,
-        "sources": {name: url.get_secret_value() for name, url in settings.sources.items()},
+        "sources": {
+            name: [source.url.get_secret_value(), source.reading.get_secret_value()]
+            for name, source in settings.sources.items()
+        },
     }
 
 

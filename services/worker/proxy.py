@@ -76,7 +76,7 @@ class ProxyContext(JobContext):
         self.attempt = start["attempt"]
         self.checkpoint = start["checkpoint"]
         self.reason: str | None = None
-        self._sources: Mapping[str, str] = start["sources"]
+        self._sources: Mapping[str, tuple[str, str]] = start["sources"]
         self._line = line
         self._streams = _Streams(line)
         self._artifacts = count(1)
@@ -158,8 +158,8 @@ class ProxyContext(JobContext):
             raise
         await self._line.call("close", number=number)
 
-    def source(self, name: str) -> str:
-        return find_source(self._sources, name)
+    def source(self, name: str, *, reading: bool = False) -> str:
+        return find_source(self._sources, name)[reading]
 
 
 class _Streams:

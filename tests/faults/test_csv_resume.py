@@ -13,12 +13,12 @@ from uuid import UUID, uuid4
 import asyncpg
 import psycopg
 import pytest
-from pydantic import SecretStr
 
 from headway import Fatal, Retry
 from headway.embedded import Embedded
 from headway.files import file_key
 from headway.job import File, Job
+from headway.settings import Source
 from headway.states import JobState
 from services.worker.kinds import csv_import, csv_table
 from services.worker.kinds.csv_position import Position
@@ -56,12 +56,12 @@ async def engine(
 ) -> AsyncIterator[Engine]:
     monkeypatch.setattr(csv_import, "KEEP_EVERY", 0.0)
     monkeypatch.setattr(csv_table, "LOCK_TIMEOUT", 0.3)
-    async with make_engine(servers, tmp_path, sources={"default": SecretStr(servers.postgres_url(SOURCE))}) as engine:
+    async with make_engine(servers, tmp_path, sources={"default": Source(url=servers.postgres_url(SOURCE))}) as engine:
         yield engine
 
 
 def url(engine: Engine) -> str:
-    return engine.settings.sources["default"].get_secret_value()
+    return engine.settings.sources["default"].url.get_secret_value()
 
 
 async def importer(engine: Engine, spawn: Spawner) -> WorkerProcess:

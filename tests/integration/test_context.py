@@ -19,6 +19,7 @@ from headway.embedded import Embedded
 from headway.errors import LeaseLost, TooLarge
 from headway.files import file_key
 from headway.job import Claim, Ending, File
+from headway.settings import Source
 from headway.states import JobState
 from services.worker.context import Context, Parts
 from tests.conftest import make_tenant, until
@@ -60,7 +61,7 @@ def interruptions() -> list[str]:
 @pytest.fixture
 async def job(engine: Engine, claim: Claim, interruptions: list[str]) -> AsyncIterator[Context]:
     """The context of a job that is running, without a worker around it."""
-    settings = engine.settings.model_copy(update={"sources": {"default": SecretStr(SOURCE)}})
+    settings = engine.settings.model_copy(update={"sources": {"default": Source(url=SecretStr(SOURCE))}})
     context = Context(
         claim, Parts(settings, engine.store, engine.lifecycle, engine.files), Interruptions(came=interruptions)
     )

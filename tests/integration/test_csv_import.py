@@ -14,10 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from pydantic import SecretStr
 
 from headway.embedded import Embedded
-from headway.settings import Settings
+from headway.settings import Settings, Source
 from services.worker.kinds import csv_import
 from services.worker.kinds.csv_table import staging_name
 from tests.conftest import Service, until
@@ -33,7 +32,7 @@ CELLS = st.one_of(
 @pytest.fixture
 def settings(settings: Settings, servers: Embedded) -> Settings:
     """The usual settings, and sources that do not fit or do not answer."""
-    default = settings.sources["default"].get_secret_value()
+    default = settings.sources["default"].url.get_secret_value()
     with psycopg.connect(servers.postgres_url("postgres"), autocommit=True) as admin:
         admin.execute("DROP ROLE IF EXISTS reader")
         admin.execute("CREATE ROLE reader LOGIN PASSWORD 'reader'")
@@ -44,7 +43,7 @@ def settings(settings: Settings, servers: Embedded) -> Settings:
         "lite": "sqlite+aiosqlite:///lite.db",
         "gone": "postgresql+asyncpg://nobody:none@127.0.0.1:1/none",
     }
-    return settings.model_copy(update={"sources": {name: SecretStr(url) for name, url in sources.items()}})
+    return settings.model_copy(update={"sources": {name: Source(url=url) for name, url in sources.items()}})
 
 
 @pytest.fixture

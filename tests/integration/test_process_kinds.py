@@ -18,6 +18,7 @@ from headway.embedded import Embedded
 from headway.errors import InvalidSettings
 from headway.files import file_key
 from headway.job import File, Job
+from headway.settings import Source
 from headway.states import JobState
 from services.worker import process, runner
 from tests.conftest import until
@@ -33,7 +34,7 @@ SOURCE = "postgresql+asyncpg://user:password@somewhere/else"
 @pytest.fixture
 async def idle(servers: Embedded, tmp_path: Path) -> AsyncIterator[Engine]:
     """An engine without a worker."""
-    changed = {"max_file": MAX_FILE, "sources": {"default": SecretStr(SOURCE)}, "drain": 0.0}
+    changed = {"max_file": MAX_FILE, "sources": {"default": Source(url=SecretStr(SOURCE))}, "drain": 0.0}
     async with make_engine(servers, tmp_path, **changed) as engine:
         yield engine
 

@@ -100,6 +100,7 @@ async def api(settings: Settings, tenant: Tenant) -> AsyncIterator[Api]:
     await application.close()
 
 
+@pytest.mark.usefixtures("source")
 async def test_a_thousand_requests_of_all_sorts_make_no_hop(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     _, job = await api("POST", "/api/v1/jobs", json.dumps(COUNTDOWN).encode())
     path = f"/api/v1/jobs/{json.loads(job)['id']}"
@@ -131,6 +132,8 @@ async def test_a_thousand_requests_of_all_sorts_make_no_hop(api: Api, monkeypatc
         (413, ("POST", "/api/v1/jobs", bytes(1 << 21))),
         (422, ("POST", "/api/v1/jobs", b'{"kind": "no.such", "input": 1}')),
         (422, ("GET", "/api/v1/jobs?limit=x")),
+        (200, ("POST", "/api/v1/query", b'{"sql": "SELECT 1"}')),
+        (422, ("POST", "/api/v1/query", b'{"sql": "SELECT 1; SELECT 2"}')),
     ]
     with hops(monkeypatch) as counted:
         for _ in range(53):

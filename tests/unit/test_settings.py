@@ -43,7 +43,7 @@ def test_values_of_every_shape_are_read() -> None:
     assert settings.kinds == ("shop.kinds", "more.kinds")
     assert settings.allowed_hosts == ()
     assert [str(network) for network in settings.fetch_allow] == ["10.0.0.0/8", "::1/128"]
-    assert settings.sources["default"].get_secret_value().endswith("/shop")
+    assert settings.sources["default"].url.get_secret_value().endswith("/shop")
     assert settings.files_location == "file:///var/files"
 
 
