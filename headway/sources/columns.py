@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,8 @@ import asyncpg
 # Types of Postgres whose values are numbers of JSON; numeric is not, for a double would lose its digits.
 _NUMBERS = frozenset({"int2", "int4", "int8", "oid", "float4", "float8"})
 
+# Types whose values are JSON already, as text.
+DOCUMENTS = frozenset({"json", "jsonb", "json[]", "jsonb[]"})
 _SQLITE = {int: "integer", float: "real", str: "text", bytes: "blob"}
 
 
@@ -34,12 +36,12 @@ def typed(columns: Sequence[Column], rows: Sequence[Sequence[Any]]) -> list[Colu
 
 def converters(columns: Sequence[Column]) -> list[Callable[[Any], Any]]:
     """What makes JSON values of each column's values that are not None."""
-    return [_json if column.type in ("json", "jsonb", "json[]", "jsonb[]") else _plain for column in columns]
+    return [_json if column.type in DOCUMENTS else _plain for column in columns]
 
 
-def as_json(row: Sequence[Any], converters: Sequence[Callable[[Any], Any]]) -> list[Any]:
-    """A row's values as JSON has them."""
-    return [None if value is None else convert(value) for value, convert in zip(row, converters, strict=True)]
+def as_json(values: Sequence[Any], converters: Iterable[Callable[[Any], Any]]) -> list[Any]:
+    """Values as JSON has them."""
+    return [None if value is None else convert(value) for value, convert in zip(values, converters, strict=False)]
 
 
 def encoded(row: Sequence[Any], converters: Sequence[Callable[[Any], Any]]) -> bytes:

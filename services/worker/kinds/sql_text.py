@@ -4,9 +4,10 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
-from headway.sources.columns import Column, as_json, converters, numeric
+from headway.sources.columns import DOCUMENTS, Column, as_json, converters, numeric
 
 # What makes a spreadsheet take a cell for a formula when it stands first in it.
 FORMULAS = frozenset("=+-@\t\r\n")
@@ -45,11 +46,16 @@ class JsonRows:
 
     def __init__(self, columns: Sequence[Column]) -> None:
         self._names = [column.name for column in columns]
+        self._documents = [column.type in DOCUMENTS for column in columns]
         self._convert = converters(columns)
 
     def encode(self, rows: Sequence[Sequence[Any]]) -> bytes:
         encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
-        lines = [encode(dict(zip(self._names, as_json(row, self._convert), strict=True))) for row in rows]
+        columns = [
+            values if not document and set(map(type, values)) <= _AS_THEY_ARE else as_json(values, repeat(convert))
+            for document, convert, values in zip(self._documents, self._convert, zip(*rows, strict=True), strict=True)
+        ]
+        lines = [encode(dict(zip(self._names, row, strict=True))) for row in zip(*columns, strict=True)]
         return "\n".join([*lines, ""]).encode(errors="replace")
 
 
