@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -21,6 +22,7 @@ from headway.job import File, Job
 from headway.settings import Source
 from headway.states import JobState
 from services.worker.kinds import csv_import, csv_table
+from services.worker.kinds.csv_merge import Target
 from services.worker.kinds.csv_position import Position
 from services.worker.kinds.csv_table import Table, staging_name
 from services.worker.kinds.csv_types import ColumnType
@@ -71,7 +73,7 @@ async def importer(engine: Engine, spawn: Spawner) -> WorkerProcess:
     )
 
 
-async def submit(engine: Engine, data: bytes, *, max_attempts: int = 1) -> UUID:
+async def submit(engine: Engine, data: bytes, *, max_attempts: int = 1, **more: Any) -> UUID:
     async def chunks() -> AsyncIterator[bytes]:
         yield data
 
@@ -80,7 +82,9 @@ async def submit(engine: Engine, data: bytes, *, max_attempts: int = 1) -> UUID:
     await engine.store.add_file(
         File(file_id, engine.tenant.id, "t.csv", "text/csv", stored.size, stored.sha256, datetime.now(UTC))
     )
-    return await engine.submit_kind("csv.import", {"file": str(file_id), "table": "t"}, max_attempts=max_attempts)
+    return await engine.submit_kind(
+        "csv.import", {"file": str(file_id), "table": "t", **more}, max_attempts=max_attempts
+    )
 
 
 def orders(*, end: bytes = b"") -> bytes:
@@ -196,6 +200,57 @@ async def test_an_import_whose_worker_dies_after_the_commit_succeeds_with_the_sa
     assert await copied_by(source, "t") == by
 
 
+@pytest.mark.parametrize("mode", ["append", "upsert"])
+async def test_an_import_into_a_table_goes_on_and_adds_each_row_once(
+    engine: Engine, spawn: Spawner, source: asyncpg.Connection, mode: str
+) -> None:
+    await source.execute(
+        "CREATE TABLE t (a int PRIMARY KEY, b text); INSERT INTO t VALUES (-1, 'old'), (150000, 'old')"
+    )
+    if mode == "append":
+        await source.execute("DELETE FROM t WHERE a > 0")
+    first = await importer(engine, spawn)
+    job_id = await submit(engine, orders(), mode=mode, **({"key": ["a"]} if mode == "upsert" else {}))
+    async with held_up(source, job_id, 1) as before:
+        first.signal(signal.SIGKILL)
+        await first.ended()
+        assert await source.fetchval("SELECT count(*) FROM t WHERE b <> 'old'") == 0
+    await engine.expire(job_id)
+    # The next attempt dies as well, in the merge, which never was; then one whose end cannot be written.
+    second = await importer(engine, spawn)
+    await source.execute("BEGIN; LOCK TABLE t IN SHARE MODE")
+    await until(lambda: source.fetchval("SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"), 20)
+    second.signal(signal.SIGKILL)
+    await second.ended()
+    await source.execute("SELECT pg_terminate_backend(pid) FROM pg_locks WHERE NOT granted; COMMIT")
+    await engine.expire(job_id)
+    await engine.database.execute("BEGIN; LOCK TABLE artifacts IN ACCESS EXCLUSIVE MODE")
+    third = await importer(engine, spawn)
+    await until(lambda: source.fetchval("SELECT count(*) > 10 FROM t"), 20)
+    third.signal(signal.SIGKILL)
+    await third.ended()
+    await engine.database.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'relation'"
+    )
+    await engine.database.execute("COMMIT")
+    await engine.expire(job_id)
+
+    async with worker(engine.settings):
+        job = await engine.ended(job_id, 20)
+
+    assert job.state == JobState.SUCCEEDED, job.error
+    assert before.rows > 0
+    assert (job.result["rows"], job.result["rejected"]) == (200_000, 4)
+    assert tuple(await source.fetchrow("SELECT count(*), count(DISTINCT a), min(b), max(b) FROM t WHERE a >= 0")) == (
+        200_000,
+        200_000,
+        "name 0",
+        "name 99999",
+    )
+    assert await source.fetchval("SELECT b FROM t WHERE a = -1") == "old"
+    assert await tables(source) == ["headway_imports", "t"]
+
+
 def at(table: Table, job_id: UUID, rows: int, *, when: datetime | None = None) -> Position:
     return Position(
         job=job_id,
@@ -224,7 +279,7 @@ async def fill(table: Table, rows: int, *, anew: bool = False) -> None:
 @asynccontextmanager
 async def opened(engine: Engine, job_id: UUID) -> AsyncIterator[Table]:
     connection = await asyncpg.connect(url(engine))
-    yield Table(connection, "default", "t", job_id)
+    yield Table(connection, "default", Target("t"), job_id)
     connection.terminate()
 
 
@@ -246,7 +301,7 @@ async def test_an_attempt_whose_import_was_taken_over_adds_nothing(
         with pytest.raises(ConnectionError if hung else Retry):
             await (old.keep(at(old, job_id, 9)) if hung else fill(old, 7))
         await fill(new, 3)
-        await new.finish(at(new, job_id, 5))
+        await new.finish(at(new, job_id, 5), COLUMNS)
 
         assert await source.fetchval("SELECT count(*) FROM t") == 5
         assert await tables(source) == ["t"]
@@ -260,7 +315,7 @@ async def test_a_name_that_is_taken_meanwhile_is_refused_at_the_end(engine: Engi
         await source.execute("CREATE TABLE t AS SELECT 1 AS mine")
 
         with pytest.raises(Fatal, match="has a table or type 't' already"):
-            await table.finish(at(table, job_id, 2))
+            await table.finish(at(table, job_id, 2), COLUMNS)
 
     assert await source.fetchval("SELECT mine FROM t") == 1
 
@@ -290,6 +345,6 @@ async def test_a_position_of_other_rules_is_not_gone_on_from(engine: Engine, sou
     async with opened(engine, job_id) as table:
         assert await table.find() is None
         await fill(table, 1, anew=True)
-        await table.finish(at(table, job_id, 1))
+        await table.finish(at(table, job_id, 1), COLUMNS)
 
     assert await source.fetchval("SELECT count(*) FROM t") == 1

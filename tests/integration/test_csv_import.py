@@ -52,17 +52,19 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(csv_import, "KEEP_EVERY", 0.0)
 
 
-async def submit(service: Service, data: bytes, table: str = "t", source: str = "default") -> str:
+async def submit(service: Service, data: bytes, table: str = "t", source: str = "default", **more: Any) -> str:
     sent = await service.http.post("/api/v1/files", params={"name": "t.csv"}, content=data)
     assert sent.status_code == 201, sent.text
     job = await service.client.submit(
-        "csv.import", {"file": sent.json()["id"], "table": table, "source": source}, max_attempts=1
+        "csv.import", {"file": sent.json()["id"], "table": table, "source": source, **more}, max_attempts=1
     )
     return str(job["id"])
 
 
-async def ended(service: Service, data: bytes, table: str = "t", source: str = "default") -> dict[str, Any]:
-    return await service.client.wait(await submit(service, data, table, source), timeout=30)
+async def ended(
+    service: Service, data: bytes, table: str = "t", source: str = "default", **more: Any
+) -> dict[str, Any]:
+    return await service.client.wait(await submit(service, data, table, source, **more), timeout=30)
 
 
 async def rejected(service: Service, job: dict[str, Any]) -> list[list[str]]:
@@ -232,6 +234,42 @@ async def test_a_table_that_exists_is_left_alone(service: Service, source: async
     assert job["state"] == "failed"
     assert "has a table or type 't' already. Choose another name" in job["error"]["message"]
     assert await source.fetchval("SELECT mine FROM t") == 1
+
+
+async def test_rows_come_into_a_table_that_exists(service: Service, source: asyncpg.Connection) -> None:
+    await source.execute("""
+        CREATE TABLE t (id int PRIMARY KEY, price numeric(8, 2), code varchar(9), day timestamptz, made int DEFAULT 7);
+        INSERT INTO t VALUES (1, 1.00, 'one', NULL, 1)
+    """)
+
+    async def found() -> list[Any]:
+        return [tuple(row) for row in await source.fetch("SELECT id, price::text, code, made FROM t ORDER BY id")]
+
+    assert (await ended(service, b"id,price,code\n2,2.5,0\n3,3,007\n", mode="append"))["state"] == "succeeded"
+    assert await found() == [(1, "1.00", "one", 1), (2, "2.50", "0", 7), (3, "3.00", "007", 7)]
+    changed = b"code,id,day\nx,2,2024-01-01\nnew,4,\ntwo,2,2024-01-02\n"
+    job = await ended(service, changed, mode="upsert", key=["id"])
+    assert (job["state"], job["result"]["rows"]) == ("succeeded", 3), job["error"]
+    assert await found() == [(1, "1.00", "one", 1), (2, "2.50", "two", 7), (3, "3.00", "007", 7), (4, None, "new", 7)]
+    assert (await ended(service, b"id\n9\n", mode="replace"))["state"] == "succeeded"
+    assert await found() == [(9, None, None, 7)]
+    assert (await ended(service, b"id\n8\n", table="u", mode="replace"))["state"] == "succeeded"
+    assert await source.fetchval("SELECT id FROM u") == 8
+    for data, more, message in (
+        (b"id\n9\n", {"mode": "append"}, "(id)=(9) already exists"),
+        (b"id\n9999999999\n", {"mode": "append"}, "out of range"),
+        (b"id\nx\n", {"mode": "append"}, "invalid input syntax"),
+        (b"id\n1\n", {"mode": "append", "table": "v"}, "no table 'v'"),
+        (b"id,more\n1,2\n", {"mode": "append"}, "no column 'more'"),
+        (b"id,code\n1,2\n", {"mode": "upsert", "key": ["code"]}, "no unique or exclusion constraint"),
+        (b"id,code\n1,2\n", {"mode": "upsert", "key": ["price"]}, "no column 'price'"),
+        (b"id,code\n,2\n", {"mode": "upsert", "key": ["id"]}, "without a value in the key"),
+    ):
+        job = await ended(service, data, **{"table": "t", **more})
+        assert (job["state"], job["error"]["type"]) == ("failed", "fatal"), data
+        assert message in job["error"]["message"]
+    assert await found() == [(9, None, None, 7)]
+    assert await tables(source) == ["headway_imports", "t", "u"]
 
 
 async def test_of_two_imports_into_one_table_one_succeeds(service: Service, source: asyncpg.Connection) -> None:

@@ -6,11 +6,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headway import Fatal, JobContext, kind
 from headway.kinds import InputFile
 from services.worker.kinds.csv_layout import Layout, read_layout
+from services.worker.kinds.csv_merge import Mode, Target
 from services.worker.kinds.csv_position import Position
 from services.worker.kinds.csv_rejects import Rejects, pieces
 from services.worker.kinds.csv_rows import RowReader
@@ -33,6 +34,20 @@ class ImportInput(BaseModel):
         description="The table to make, named exactly so: in SQL a name with capitals needs quotes.",
     )
     source: str = Field("default", description="The source to make it in: a Postgres database.")
+    mode: Mode = Field(
+        "create",
+        description="create: a new table. append: to the rows of a table. replace: in their place. upsert: rows whose "
+        "key the table has are changed, others are added.",
+    )
+    key: list[str] = Field(
+        default_factory=list, max_length=32, description="For upsert: columns of a unique index of the table."
+    )
+
+    @model_validator(mode="after")
+    def _keyed(self) -> "ImportInput":
+        if (self.mode == "upsert") != bool(self.key):
+            raise ValueError("upsert needs a key, and only upsert has one")
+        return self
 
 
 class Column(BaseModel):
@@ -44,7 +59,7 @@ class Column(BaseModel):
 class ImportResult(BaseModel):
     table: str
     source: str
-    rows: int = Field(description="Rows in the table.")
+    rows: int = Field(description="Rows of the file that are in the table.")
     rejected: int = Field(description="Rows left out; the artifact rejected.csv holds them.")
     columns: list[Column]
     seconds: float
@@ -52,9 +67,9 @@ class ImportResult(BaseModel):
 
 @kind("csv.import", timeout="1h")
 async def import_csv(job: JobContext, input: ImportInput) -> ImportResult:
-    """Import a CSV file into a new table of a source, with types that hold every value of each column.
+    """Import a CSV file into a table of a source, a new one with types that hold every value of each column.
 
-    The table appears complete, in one transaction, or not at all. After an interruption the import goes on where it
+    The rows appear all at once, in one transaction, or not at all. After an interruption the import goes on where it
     was.
     """
     url = job.source(input.source)
@@ -62,7 +77,7 @@ async def import_csv(job: JobContext, input: ImportInput) -> ImportResult:
     try:
         async with Rejects(job) as rejects, connected(url, input.source) as connection:
             layout = await _layout(file)
-            table = Table(connection, input.source, input.table, job.id)
+            table = Table(connection, input.source, Target(input.table, input.mode, input.key), job.id)
             await drop_left_behind(connection)
             end = await _Import(job, file, layout, rejects, table).run()
     except BaseException as error:
@@ -101,7 +116,7 @@ class _Import:
 
     async def run(self) -> Position:
         """Where the import ended, after the table has appeared."""
-        found = await self._table.find()
+        found = await self._table.find(self._layout.names)
         reader = RowReader(self._layout)
         if found is not None:
             self._began -= found.seconds
@@ -133,7 +148,7 @@ class _Import:
         # Nothing comes after the commit that could still fail or be cancelled.
         await self._rejects.close()
         end = self._position(reader)
-        await self._table.finish(end)
+        await self._table.finish(end, self._types(reader))
         return end
 
     async def _fill(self, reader: RowReader, rows: AsyncIterator[bytes], *, kept: int | None) -> None:

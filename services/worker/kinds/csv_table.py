@@ -5,7 +5,7 @@ goes on exactly there. One attempt at a time is in such a transaction, and only 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -14,6 +14,7 @@ import asyncpg
 import structlog
 
 from headway import Retry, metrics
+from services.worker.kinds.csv_merge import Target, merge, remember, remembered, require
 from services.worker.kinds.csv_position import VERSION, Position
 from services.worker.kinds.csv_source import connected, copy, refusals, taken
 
@@ -53,24 +54,35 @@ class Table:
     job is at work on it.
     """
 
-    def __init__(self, connection: "Connection", source: str, name: str, job_id: UUID) -> None:
+    def __init__(self, connection: "Connection", source: str, target: Target, job_id: UUID) -> None:
         self.writer = uuid4()
         self.complete = False
         self._connection = connection
         self._source = source
-        self._name = name
+        self._name = target.table
         self._job_id = job_id
         self._staging = staging_name(job_id)
         self._comment: str | None = None
+        self._target = target
 
-    async def find(self) -> Position | None:
-        """Take the import over; how far an attempt before has brought it. `complete` if it has its name already."""
+    async def find(self, columns: Sequence[str] = ()) -> Position | None:
+        """Take the import over; how far an attempt before has brought it. `complete` if its rows are in place already.
+
+        `columns` are those of the file.
+        """
         with refusals(self._source, self._name):
+            if self._target.mode != "create":
+                done = await remembered(self._connection, self._job_id)
+                if done is not None:
+                    self.complete = True
+                    return done
+                if not await require(self._connection, columns, self._target):
+                    self._target = Target(self._name)
             await _alone(self._connection, self._job_id)
             target = await self._connection.fetchrow(TABLE, self._name)
             assert target is not None
             found = Position.of(target["comment"])
-            if target["there"]:
+            if target["there"] and self._target.mode == "create":
                 if found is None or found.job != self._job_id:
                     raise taken(self._source, self._name)
                 self.complete = True
@@ -95,6 +107,9 @@ class Table:
                 definition = ", ".join(f'"{column}" {column_type}' for column, column_type in columns.items())
                 await self._connection.execute(f"DROP TABLE IF EXISTS {self._staging}")
                 await self._connection.execute(f"CREATE TABLE {self._staging} ({definition})")
+                if self._target.mode != "create":
+                    # So that rows keep lying in the order of the file.
+                    await self._connection.execute(f"ALTER TABLE {self._staging} SET (autovacuum_enabled = off)")
 
     async def fill(self, columns: Mapping[str, str], rows: AsyncIterator[bytes], delimiter: str) -> int:
         """Copy rows of CSV in; how many they were. An exception of `rows` passes through."""
@@ -115,14 +130,22 @@ class Table:
         """The chunk never was."""
         await self._connection.execute("ROLLBACK")
 
-    async def finish(self, position: Position) -> None:
-        """End the last chunk: the table gets its name. A cancel that comes with the commit is too late."""
+    async def finish(self, position: Position, columns: Mapping[str, str]) -> None:
+        """End the last chunk: the table gets its name, or the one that has it the rows.
+
+        A cancel that comes with the commit is too late.
+        """
         with refusals(self._source, self._name):
-            # Whoever reads the table, such as a backup, is waited for as long as the job may take.
-            await self._connection.execute(
-                f"COMMENT ON TABLE {self._staging} IS '{position.model_dump_json()}'; "
-                f'SET LOCAL lock_timeout = 0; ALTER TABLE {self._staging} RENAME TO "{self._name}"'
-            )
+            # Whoever uses the table, such as a backup, is waited for as long as the job may take.
+            await self._connection.execute("SET LOCAL lock_timeout = 0")
+            if self._target.mode == "create":
+                await self._connection.execute(
+                    f"COMMENT ON TABLE {self._staging} IS '{position.model_dump_json()}'; "
+                    f'ALTER TABLE {self._staging} RENAME TO "{self._name}"'
+                )
+            else:
+                await merge(self._connection, self._staging, columns, self._target)
+                await remember(self._connection, self._staging, position)
             commit = asyncio.ensure_future(self._connection.execute("COMMIT"))
             try:
                 await asyncio.shield(commit)
