@@ -1,6 +1,8 @@
 import asyncio
 import csv
+import gzip
 import io
+import zipfile
 from collections.abc import Callable
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -11,6 +13,7 @@ from uuid import UUID
 import asyncpg
 import psycopg
 import pytest
+from backports import zstd
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -269,7 +272,41 @@ async def test_rows_come_into_a_table_that_exists(service: Service, source: asyn
         assert (job["state"], job["error"]["type"]) == ("failed", "fatal"), data
         assert message in job["error"]["message"]
     assert await found() == [(9, None, None, 7)]
-    assert await tables(source) == ["headway_imports", "t", "u"]
+    assert sorted(await tables(source)) == ["headway_imports", "t", "u"]
+
+
+async def test_a_file_may_be_compressed_and_in_another_encoding(service: Service, source: asyncpg.Connection) -> None:
+    text = "a;b\n" + "".join(f"{n};größe {n}\n" for n in range(50_000)) + "1;2;3\n"
+    plain = text.encode()
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("orders.csv", plain)
+    for data, more in (
+        (gzip.compress(plain), {}),
+        (zstd.compress(plain), {}),
+        (packed.getvalue(), {}),
+        (text.encode("utf-16"), {}),
+        (gzip.compress(text.encode("windows-1252")), {"encoding": "windows-1252"}),
+    ):
+        job = await ended(service, data, mode="replace", **more)
+        assert job["state"] == "succeeded", job["error"]
+        assert (job["result"]["rows"], job["result"]["rejected"]) == (50_000, 1)
+        assert job["progress"]["done"] == job["progress"]["total"]
+        assert tuple(await source.fetchrow("SELECT sum(a), max(b) FROM t")) == (1_249_975_000, "größe 9999")
+        assert (await rejected(service, job))[1] == ["50002", "3 fields, not 2 as in the header", "1;2;3"]
+
+
+async def test_what_is_known_of_a_file_can_be_said(service: Service, source: asyncpg.Connection) -> None:
+    job = await ended(service, b"1,5|x\n2,5|y\nz\n", delimiter="|", header=False, max_rejected=1)
+    assert job["state"] == "succeeded", job["error"]
+    assert [column["name"] for column in job["result"]["columns"]] == ["column_1", "column_2"]
+    assert [tuple(row) for row in await source.fetch("SELECT * FROM t")] == [("1,5", "x"), ("2,5", "y")]
+    job = await ended(service, b"a,b\n1,2\n3,4\n5\n", table="u", max_rejected=0)
+    assert job["error"]["message"].startswith("More than 0 rows cannot be read: line 4")
+    for wrong in ({"encoding": "klingon"}, {"encoding": "zlib"}, {"mode": "upsert"}, {"key": ["a"]}):
+        file = {"file": "0192d3b0-7b5e-7000-8000-000000000000", "table": "t"}
+        job = await service.client.submit("csv.import", {**file, **wrong}, max_attempts=1)
+        assert (await service.client.wait(job["id"], timeout=10))["error"]["type"] == "input-refused", wrong
 
 
 async def test_of_two_imports_into_one_table_one_succeeds(service: Service, source: asyncpg.Connection) -> None:

@@ -36,6 +36,13 @@ def test_rows_begin_after_the_header_however_lines_end(line_end: bytes) -> None:
     assert found.lines == 4
 
 
+def test_without_a_header_the_first_row_is_one() -> None:
+    found = read_layout(b"\n1,2,3\n4,5,6\n", whole=True, header=False)
+
+    assert (found.names, found.start, found.lines) == (("column_1", "column_2", "column_3"), 1, 1)
+    assert read_layout(b"a,b;c\n", whole=True, delimiter=";").titles == ("a,b", "c")
+
+
 def test_a_header_alone_has_no_rows() -> None:
     found = layout(b"a,b")
 
@@ -64,7 +71,7 @@ def test_titles_become_names_of_columns(titles: list[str], names: list[str]) -> 
         (b"", "empty"),
         (b"\xef\xbb\xbf\r\n \r\n", "empty"),
         (b"PK\x03\x04rest", "Excel"),
-        (b"\x1f\x8b\x08\x00", "gzip"),
+        (b"\x1f\x8b\x08\x00", "twice"),
         ("a,b\n1,2\n".encode("utf-16"), "UTF-16"),
         ("größe,b\n".encode("latin-1"), "not UTF-8"),
         (b"\x7fELF\x02\x01\x00,", "binary"),

@@ -1,22 +1,25 @@
 """`csv.import`: an uploaded CSV file into a new table of a source."""
 
 import asyncio
+import codecs
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from typing import Literal
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from headway import Fatal, JobContext, kind
-from headway.kinds import InputFile
 from services.worker.kinds.csv_layout import Layout, read_layout
 from services.worker.kinds.csv_merge import Mode, Target
 from services.worker.kinds.csv_position import Position
-from services.worker.kinds.csv_rejects import Rejects, pieces
+from services.worker.kinds.csv_rejects import Rejects
 from services.worker.kinds.csv_rows import RowReader
 from services.worker.kinds.csv_source import connected
 from services.worker.kinds.csv_table import Table, drop, drop_left_behind
+from services.worker.kinds.csv_text import Text
 
 HEAD = 256 << 10
 # COPY begins with the types of the first rows; the rest is checked against them while it is sent.
@@ -28,7 +31,7 @@ KEEP_EVERY = 2.0
 class ImportInput(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    file: UUID = Field(description="The id of an uploaded CSV file: UTF-8, with a header row.")
+    file: UUID = Field(description="The id of an uploaded CSV file, as it is or compressed with gzip, zstd or as ZIP.")
     table: str = Field(
         pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,62}$",
         description="The table to make, named exactly so: in SQL a name with capitals needs quotes.",
@@ -42,6 +45,26 @@ class ImportInput(BaseModel):
     key: list[str] = Field(
         default_factory=list, max_length=32, description="For upsert: columns of a unique index of the table."
     )
+
+    delimiter: Literal[",", ";", "\t", "|"] | None = Field(None, description="Found by itself if left out.")
+    header: bool = Field(True, description="Whether the first row has titles; without them columns are column_1, ….")
+    encoding: str | None = Field(
+        None, max_length=40, description="Such as windows-1252; UTF-8, or UTF-16 with its mark, if left out."
+    )
+    max_rejected: int = Field(1000, ge=0, le=1000, description="More rows that cannot be read fail the import.")
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, name: str | None) -> str | None:
+        try:
+            known = name is None or codecs.lookup(name)._is_text_encoding
+        except (LookupError, ValueError):
+            known = False
+        if not known:
+            raise ValueError(
+                "this is no encoding that Python knows; write utf-8, windows-1252, iso-8859-15 or the like"
+            )
+        return name
 
     @model_validator(mode="after")
     def _keyed(self) -> "ImportInput":
@@ -74,12 +97,13 @@ async def import_csv(job: JobContext, input: ImportInput) -> ImportResult:
     """
     url = job.source(input.source)
     file = await job.open_file(input.file)
+    text = await Text.open(file, input.encoding)
     try:
-        async with Rejects(job) as rejects, connected(url, input.source) as connection:
-            layout = await _layout(file)
+        async with Rejects(job, input.max_rejected) as rejects, connected(url, input.source) as connection:
+            layout = await _layout(text, input)
             table = Table(connection, input.source, Target(input.table, input.mode, input.key), job.id)
             await drop_left_behind(connection)
-            end = await _Import(job, file, layout, rejects, table).run()
+            end = await _Import(job, text, layout, rejects, table).run()
     except BaseException as error:
         if isinstance(error, Fatal) or job.interruption == "cancelled":
             await drop(url, input.source, job.id)
@@ -104,9 +128,9 @@ class _Misfit(Exception):
 class _Import:
     """Fills the table, in one pass over the file where the first rows tell the types, in two if not."""
 
-    def __init__(self, job: JobContext, file: InputFile, layout: Layout, rejects: Rejects, table: Table) -> None:
+    def __init__(self, job: JobContext, text: Text, layout: Layout, rejects: Rejects, table: Table) -> None:
         self._job = job
-        self._file = file
+        self._text = text
         self._layout = layout
         self._rejects = rejects
         self._table = table
@@ -120,7 +144,7 @@ class _Import:
         reader = RowReader(self._layout)
         if found is not None:
             self._began -= found.seconds
-            await self._rejects.restore(found.rejected, self._file, self._layout)
+            await self._rejects.restore(found.rejected, self._text, self._layout)
             if self._table.complete:
                 return found
             self._passes = found.passes
@@ -169,7 +193,8 @@ class _Import:
         self, reader: RowReader, types: dict[str, str], rows: AsyncIterator[bytes]
     ) -> AsyncGenerator[bytes]:
         """As many of the rows as are copied at a time."""
-        ends = time.monotonic() + KEEP_EVERY
+        # What cannot be read from any byte on is not gone on with.
+        ends = time.monotonic() + KEEP_EVERY if self._text.plain else math.inf
         async for given in rows:
             if self._types(reader) != types:
                 raise _Misfit
@@ -180,14 +205,14 @@ class _Import:
 
     async def _checked(self, reader: RowReader, *, number: int) -> AsyncGenerator[bytes]:
         """The rows of the file, for the first time or the second. Raises Fatal when too much of it cannot be read."""
-        done, size = reader.offset, self._file.file.size
-        async for piece in pieces(self._file, done):
-            rows = reader.match(piece)
-            if reader.stuck:
-                rows += await asyncio.to_thread(reader.resolve)
-            done += len(piece)
-            await self._note(reader, number, done + (number - 1) * size)
-            yield rows
+        size = self._text.size
+        async with aclosing(self._text.pieces(reader.offset)) as pieces:
+            async for piece in pieces:
+                rows = reader.match(piece)
+                if reader.stuck:
+                    rows += await asyncio.to_thread(reader.resolve)
+                await self._note(reader, number, self._text.taken + (number - 1) * size)
+                yield rows
         rows = await asyncio.to_thread(reader.end)
         await self._note(reader, number, number * size)
         if reader.fault:
@@ -202,7 +227,7 @@ class _Import:
         reader.rejected.clear()
         await self._job.report(
             done,
-            self._passes * self._file.file.size,
+            self._passes * self._text.size,
             "importing" if number == self._passes else "reading the types",
             unit="bytes",
             counts={"rows": reader.rows, "rejected": self._rejects.count},
@@ -232,14 +257,16 @@ class _Import:
         )
 
 
-async def _layout(file: InputFile) -> Layout:
+async def _layout(text: Text, input: ImportInput) -> Layout:
     head = b""
-    async for chunk in file.chunks():
-        head += chunk
-        if len(head) >= HEAD:
-            break
-    head = head[:HEAD]
-    return await asyncio.to_thread(read_layout, head, whole=len(head) == file.file.size)
+    async with aclosing(text.pieces()) as pieces:
+        async for piece in pieces:
+            head += piece
+            if len(head) > HEAD:
+                break
+    return await asyncio.to_thread(
+        read_layout, head[:HEAD], whole=len(head) <= HEAD, delimiter=input.delimiter, header=input.header
+    )
 
 
 async def _first(rows: AsyncIterator[bytes], size: int) -> bytes:

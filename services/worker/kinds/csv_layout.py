@@ -21,7 +21,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f]")
 _NOT_CSV = {
     b"PK\x03\x04": "a ZIP archive or an Excel workbook",
     b"\xd0\xcf\x11\xe0": "an old Excel workbook",
-    b"\x1f\x8b": "compressed with gzip",
+    b"\x1f\x8b": "compressed twice",
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
     b"%PDF": "a PDF",
@@ -48,10 +48,11 @@ class Layout:
         return self.line_end[-1:]
 
 
-def read_layout(head: bytes, *, whole: bool) -> Layout:
+def read_layout(head: bytes, *, whole: bool, delimiter: str | None = None, header: bool = True) -> Layout:
     """The layout of a file that begins with `head`, or is no longer than that if `whole`.
 
-    The first line that is not blank is the header. Raises Fatal, saying what to do, if there is none that can be read.
+    The first line that is not blank is the header; without a `header` it is the first row, and columns have numbers.
+    Raises Fatal, saying what to do, if there is none that can be read.
     """
     for magic, what in _NOT_CSV.items():
         if head.startswith(magic):
@@ -65,19 +66,21 @@ def read_layout(head: bytes, *, whole: bool) -> Layout:
     lines = head[text_start:].split(line_break)
     _require_text(lines[0])
     sample = head[text_start:].decode("utf-8", "surrogateescape")
-    delimiter = _delimiter(sample if whole else sample[: sample.rfind(line_break.decode()) + 1])
+    delimiter = delimiter or _delimiter(sample if whole else sample[: sample.rfind(line_break.decode()) + 1])
     titles, count = _header(sample, line_break.decode(), delimiter, whole=whole)
-    header = line_break.join(lines[:count])
-    _require_text(header)
+    first = line_break.join(lines[:count])
+    _require_text(first)
     if len(titles) > MAX_COLUMNS:
         raise Fatal(f"The header has {len(titles):,} columns; a table takes at most {MAX_COLUMNS:,}. Split the file.")
-    line_end = b"\r\n" if line_break == b"\n" and header.endswith(b"\r") else line_break
+    line_end = b"\r\n" if line_break == b"\n" and first.endswith(b"\r") else line_break
+    if not header:
+        titles, count, first = [f"column_{number}" for number in range(1, len(titles) + 1)], 0, b""
     return Layout(
         delimiter=delimiter,
         line_end=line_end,
         titles=tuple(titles),
         names=tuple(column_names(titles)),
-        start=min(text_start + len(header) + 1, len(head)),
+        start=min(text_start + len(first) + (count > 0), len(head)),
         lines=head[:text_start].count(line_break) + count,
     )
 

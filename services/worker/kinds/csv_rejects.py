@@ -3,20 +3,16 @@
 import asyncio
 import csv
 import io
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, aclosing
 from types import TracebackType
 from typing import Self
 
 from headway import Fatal, JobContext
-from headway.kinds import ArtifactWriter, InputFile
+from headway.kinds import ArtifactWriter
 from services.worker.kinds.csv_layout import Layout
 from services.worker.kinds.csv_rows import Rejected, RowReader
-
-MAX_REJECTED = 1000
-# Checked on the event loop in about a millisecond, then it is others' turn. A thread would hold them up for longer: it
-# gives way only every five.
-PIECE = 64 << 10
+from services.worker.kinds.csv_text import Text
 
 
 class Rejects:
@@ -25,9 +21,10 @@ class Rejects:
     `places` are the byte and the line of the file that each of the rows begins on.
     """
 
-    def __init__(self, job: JobContext) -> None:
+    def __init__(self, job: JobContext, most: int) -> None:
         self.places: list[tuple[int, int]] = []
         self._job = job
+        self._most = most
         self._open = AsyncExitStack()
         self._out: ArtifactWriter | None = None
         self._first: list[Rejected] = []
@@ -68,19 +65,21 @@ class Rejects:
         await self._write([(row.line, row.reason, row.row) for row in rows])
         self.places += [(row.offset, row.line) for row in rows]
         self._first = [*self._first, *rows][:3]
-        if self.count > MAX_REJECTED:
-            raise Fatal(f"More than {MAX_REJECTED:,} rows cannot be read: {self.examples}")
+        if self.count > self._most:
+            raise Fatal(f"More than {self._most:,} rows cannot be read: {self.examples}")
 
-    async def restore(self, places: Sequence[tuple[int, int]], file: InputFile, layout: Layout) -> None:
+    async def restore(self, places: Sequence[tuple[int, int]], text: Text, layout: Layout) -> None:
         """Add the rows that an attempt before this one has rejected, from the file."""
         while self.count < len(places):
             offset, line = places[self.count]
             reader = RowReader(layout, offset=offset, lines=line - 1)
-            async for piece in pieces(file, offset):
-                reader.match(piece)
-                await asyncio.to_thread(reader.resolve)
-                if reader.rejected:
-                    break
+            async with aclosing(text.pieces(offset)) as pieces:
+                async for piece in pieces:
+                    reader.match(piece)
+                    await asyncio.to_thread(reader.resolve)
+                    # Text that cannot be read from any byte on is read once, for all of them.
+                    if reader.rejected and (text.plain or len(reader.rejected) >= len(places)):
+                        break
             found = reader.rejected[: len(places) - self.count]
             if not found:
                 raise RuntimeError(f"Line {line}, which an attempt before this one has rejected, can be read now.")
@@ -91,11 +90,3 @@ class Rejects:
         text = io.StringIO()
         csv.writer(text).writerows(rows)
         await self._out.write(text.getvalue().encode())
-
-
-async def pieces(file: InputFile, start: int) -> AsyncIterator[bytes]:
-    """The bytes of a file from `start` on, so few at a time that others get their turn."""
-    async for chunk in file.chunks(start=start):
-        for place in range(0, len(chunk), PIECE):
-            yield chunk[place : place + PIECE]
-            await asyncio.sleep(0)
