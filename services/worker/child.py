@@ -81,7 +81,7 @@ def _last_word(handling: "asyncio.Task[Any]") -> dict[str, Any]:
     return {"error": frames.pack(error)}
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Die with the worker, be the first to be killed when memory runs out, and leave SIGTERM to the handler.
 
     A handler is told to stop on the socket. SIGTERM may come to all processes of a service at once, when the worker
@@ -95,7 +95,7 @@ def _prepare() -> None:
 
 
 def main() -> None:
-    _prepare()
+    prepare()
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     asyncio.run(work(connection))

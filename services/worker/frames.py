@@ -8,8 +8,8 @@ import asyncio
 import builtins
 import json
 import struct
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 from headway import errors
 from headway.errors import HeadwayError, Retry
@@ -28,12 +28,27 @@ async def receive(reader: asyncio.StreamReader) -> tuple[dict[str, Any], bytes]:
     return json.loads(await reader.readexactly(head)), await reader.readexactly(body)
 
 
-def send(writer: asyncio.StreamWriter, head: Mapping[str, Any], body: bytes = b"") -> None:
+class Sink(Protocol):
+    """What takes frames: the socket's writer, or a buffer."""
+
+    def write(self, data: bytes, /) -> object: ...
+
+
+def send(writer: Sink, head: Mapping[str, Any], body: bytes = b"") -> None:
     """Send a frame. Raises TypeError or ValueError for what is not JSON."""
     encoded = json.dumps(head).encode()
     writer.write(_SIZES.pack(len(encoded), len(body)) + encoded)
     if body:
         writer.write(body)
+
+
+def split(data: bytes) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The frames that were sent to a buffer."""
+    place = 0
+    while place < len(data):
+        head, body = _SIZES.unpack_from(data, place)
+        middle, place = place + _SIZES.size + head, place + _SIZES.size + head + body
+        yield json.loads(data[middle - head : middle]), data[middle:place]
 
 
 def pack(error: BaseException) -> dict[str, Any]:

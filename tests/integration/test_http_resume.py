@@ -23,10 +23,9 @@ from headway.job import Job
 from headway.settings import Settings
 from headway.states import JobState
 from services.worker.context import Context, Parts
-from services.worker.kinds import http_lines
 from services.worker.kinds.http_fetch import FetchInput, fetch
-from services.worker.kinds.http_lines import MOST_PARTS, Lines
 from services.worker.kinds.http_turns import Turns
+from services.worker.kinds.saved import MOST_PARTS, Saved
 from services.worker.runner import Attempt
 from tests.conftest import until
 from tests.engine import Engine, worker
@@ -138,7 +137,7 @@ async def killed(engine: Engine, job_id: UUID, input: dict[str, Any], *, at: int
 async def test_a_deploy_costs_only_the_urls_under_way(
     engine: Engine, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_lines, "SAVE_EVERY", 60.0)
+    monkeypatch.setattr("services.worker.kinds.saved.SAVE_EVERY", 60.0)
     urls = site.urls(300)
     job_id = await engine.submit_kind("http.fetch", {"urls": urls, "concurrency": 10, "per_host": 10})
     site.allow(250)
@@ -160,8 +159,8 @@ async def test_a_deploy_costs_only_the_urls_under_way(
 async def test_crashes_cost_only_what_was_not_saved(
     engine: Engine, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_lines, "SAVE_EVERY", 0.0)
-    monkeypatch.setattr(http_lines, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr("services.worker.kinds.saved.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("services.worker.kinds.saved.SAVE_SHARE", 0.0)
     urls = site.urls(200)
     input = {"urls": urls, "concurrency": 7, "per_host": 7, "body": "none"}
     job_id = await engine.submit_kind("http.fetch", input)
@@ -198,7 +197,7 @@ async def test_lines_that_are_gone_are_made_again(engine: Engine, site: Site) ->
 async def test_a_job_that_ends_before_the_first_save_is_due_saves_nothing(
     engine: Engine, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_lines, "SAVE_EVERY", 60.0)
+    monkeypatch.setattr("services.worker.kinds.saved.SAVE_EVERY", 60.0)
     site.allow(500)
     urls = site.urls(500)
     job_id = await engine.submit_kind("http.fetch", {"urls": urls})
@@ -217,7 +216,7 @@ async def test_lines_are_those_of_the_saves_that_came_through(
     job = Context(claim, Parts(engine.settings, engine.store, engine.lifecycle, engine.files), Attempt())
     kept, number = list[bytes](), 0
     for _ in range(30):
-        lines = Lines(job)
+        lines = Saved(job)
         read = b"".join([some async for some in lines.earlier()])
         assert read.splitlines() == kept
         fresh = list[bytes]()

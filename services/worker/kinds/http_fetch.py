@@ -13,8 +13,8 @@ from pydantic_core import from_json, to_json
 from headway import JobContext, kind, settings
 from headway.kinds import ArtifactWriter
 from services.worker.kinds.http_client import Fetcher, Record, open_session
-from services.worker.kinds.http_lines import Lines
 from services.worker.kinds.http_turns import Deadlines, Turns
+from services.worker.kinds.saved import Saved
 
 TEXT_BYTES = 1 << 20
 BODY_BYTES = 16 << 20
@@ -79,7 +79,7 @@ async def fetch(job: JobContext, input: FetchInput) -> FetchResult:
     """
     # In a thread, for settings may be in files.
     allow = (await asyncio.to_thread(settings.load)).fetch_allow
-    output = _Output(Lines(job))
+    output = _Output(Saved(job))
     try:
         async with (
             job.artifact("results.jsonl", "application/x-ndjson") as out,
@@ -142,7 +142,7 @@ async def _fetch_rest(
 class _Output:
     """The lines, and what they add up to."""
 
-    def __init__(self, lines: Lines) -> None:
+    def __init__(self, lines: Saved) -> None:
         self.lines = lines
         self.done: set[int] = set()
         self.counts = {"ok": 0, "http_error": 0, "failed": 0, "bytes": 0}

@@ -1,4 +1,4 @@
-"""The lines of a job as they are made, saved now and then, so that another attempt goes on after them."""
+"""What a job has made so far, saved now and then, so that another attempt goes on after it."""
 
 import time
 from collections.abc import AsyncIterator
@@ -8,7 +8,7 @@ import structlog
 from headway import JobContext
 from headway.errors import NotFound
 
-# What a crash costs at most: the lines of so many seconds, or of a fiftieth of the time that the job has taken.
+# What a crash costs at most: what was made in so many seconds, or in a fiftieth of the time that the job has taken.
 SAVE_EVERY = 2.0
 SAVE_SHARE = 1 / 50
 # Bounds memory.
@@ -19,8 +19,8 @@ MOST_PARTS = 1000
 log = structlog.get_logger(__name__)
 
 
-class Lines:
-    """The checkpoint is the keys of the parts that hold the lines; the lines themselves say which URLs are done."""
+class Saved:
+    """The checkpoint is the keys of the parts that hold whole records; the records themselves say what is done."""
 
     def __init__(self, job: JobContext) -> None:
         checkpoint = job.checkpoint or {"parts": [], "seconds": 0.0}
@@ -45,25 +45,25 @@ class Lines:
         return seconds - self._saved >= max(SAVE_EVERY, seconds * SAVE_SHARE)
 
     async def earlier(self) -> AsyncIterator[bytes]:
-        """What earlier attempts saved: whole lines, many at a time. URLs whose lines are gone count as not done."""
+        """What earlier attempts saved: whole records, many at a time. Those that are gone count as not done."""
         found = []
         for key in self._parts:
             try:
-                lines = b"".join([chunk async for chunk in self._job.read_part(key)])
+                records = b"".join([chunk async for chunk in self._job.read_part(key)])
             except NotFound:
-                log.warning("lines that were saved are gone; their URLs are fetched again", key=key)
+                log.warning("what was saved is gone; it is done again", key=key)
                 continue
             found.append(key)
-            yield lines
+            yield records
         self._parts = found
 
-    def add(self, line: bytes) -> None:
-        """Have the next save hold a line."""
+    def add(self, record: bytes) -> None:
+        """Have the next save hold a record."""
         if len(self._parts) < MOST_PARTS:
-            self._fresh += line
+            self._fresh += record
 
     async def save(self) -> None:
-        """Save the lines that were added since. A save that is interrupted leaves things as they were before it."""
+        """Save the records that were added since. A save that is interrupted leaves things as they were before it."""
         if not self._fresh:
             return
         size, seconds = len(self._fresh), self.seconds
