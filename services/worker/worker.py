@@ -33,6 +33,7 @@ PROMOTE_EVERY = 0.05
 PROMOTED_AT_ONCE = 500
 # How long the endings of a drain may take to be written before what is left is left to a rescue.
 END_WITHIN = 15.0
+CANCEL_AGAIN = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +85,7 @@ class HeadwayWorker(Worker):
         self._claiming = asyncio.Lock()
         self._performing = 0
         self._asked = 0
+        self._loops: list[asyncio.Task[None]] = []
         self._freed = asyncio.Event()
         self._hinted = False
         self._rescue_at = self._count_at = 0.0
@@ -103,13 +105,8 @@ class HeadwayWorker(Worker):
             # Told to stop before it began.
             return
         async with asyncio.TaskGroup() as loops:
-            for _ in range(LISTENERS):
-                loops.create_task(self._listen())
-            loops.create_task(self._find())
-            loops.create_task(self._look_after())
-            loops.create_task(self._promote())
-            for run in self._beside:
-                loops.create_task(run())
+            for run in (*[self._listen] * LISTENERS, self._find, self._look_after, self._promote, *self._beside):
+                self._loops.append(loops.create_task(run()))
 
     async def start_jobs(self, job_ids: Sequence[bytes]) -> None:
         """Claim those jobs that are still queued and run them; more than there are slots go back to the queue."""
@@ -128,8 +125,11 @@ class HeadwayWorker(Worker):
         if self.tasks:
             log.error("jobs could not be given back in time; they will be rescued", jobs=len(self.tasks))
             self._runner.abandon()
-        if self.main_task is not None:
-            self.main_task.cancel()
+        while running := [loop for loop in self._loops if not loop.done()]:
+            for loop in running:
+                loop.cancel()
+            # A cancel may be lost in a library that the loop waits in; then it is sent again.
+            await asyncio.wait(running, timeout=CANCEL_AGAIN)
 
     async def _listen(self) -> None:
         """Take ids from Redis as they come, as many as slots are free and no other listener has ids for."""
