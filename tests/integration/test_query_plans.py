@@ -266,5 +266,5 @@ async def test_sets(engine: Engine, planning: psycopg.Connection) -> None:
     for kind, tag, parent in wanted:
         missed = [xmax, ["5"], sets.MOST_SCANNED + 1, tenant_id, kind, tag, parent, None, None, None, None]
         explain(planning, sets.MISSED, *missed, sets.MOST_BEHIND + 1)
-        explain(planning, sets.OPEN_JOBS, 100, live.MOST_BYTES, tenant_id, kind, tag, parent)
+        explain(planning, sets.OPEN_JOBS, 50, live.MOST_BYTES, tenant_id, kind, tag, parent)
     explain(planning, sets.EVENTS_AT, (await ids(engine, "queued"))[:10], [1] * 10)
