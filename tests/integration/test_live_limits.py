@@ -189,7 +189,7 @@ def narrow(http: httpx.AsyncClient) -> net.socket:
 async def test_a_slow_reader_is_cut_off_and_others_go_on(settings: Settings, redis: Redis, tenant: Tenant) -> None:
     """By what waits for it, long before its time is up."""
     layer = Layer(settings.redis_url.get_secret_value())
-    data = {"message": "x" * 8000}
+    data = {"message": "x" * 8000, "level": "info", "at": "2026-01-01T00:00:00.000Z"}
     async with idle(settings, tenant) as http:
         job = (await submit(http))["id"]
         async with live(http) as quick, live(http, sock=narrow(http), max_queue=1) as slow:

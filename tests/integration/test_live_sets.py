@@ -20,6 +20,8 @@ from tests.integration.live_clients import Chains, Frame, live, stream
 from tests.integration.test_api_jobs import idle, submit
 
 DURABLE = ("state", "log")
+AT = "2026-01-01T00:00:00.000Z"
+LINE = {"message": "line", "level": "info", "at": AT}
 
 
 class History:
@@ -40,14 +42,14 @@ class History:
                 self._tenant.id,
                 tag,
             )
-            await self._event(connection, job_id, 1, "state", {"state": "queued", "attempt": 0})
+            await self._event(connection, job_id, 1, "state", {"state": "queued", "attempt": 0, "at": AT})
         return str(job_id)
 
     async def log(self, job: str, connection: asyncpg.Connection | None = None) -> None:
         connection = connection or self._database
         async with connection.transaction():
             seq = await connection.fetchval("UPDATE jobs SET seq = seq + 1 WHERE id = $1 RETURNING seq", UUID(job))
-            await self._event(connection, UUID(job), seq, "log", {"message": f"line {seq}", "level": "info"})
+            await self._event(connection, UUID(job), seq, "log", {"message": f"line {seq}", "level": "info", "at": AT})
 
     async def end(self, job: str) -> None:
         async with self._database.transaction():
@@ -55,7 +57,7 @@ class History:
                 "UPDATE jobs SET seq = seq + 1, state = 'succeeded', finished_at = now() WHERE id = $1 RETURNING seq",
                 UUID(job),
             )
-            data = {"state": "succeeded", "attempt": 1, "result": {"n": 0.1}}
+            data = {"state": "succeeded", "attempt": 1, "at": AT, "result": {"n": 0.1}}
             await self._event(self._database, UUID(job), seq, "state", data)
 
     async def _event(self, connection: asyncpg.Connection, job: UUID, seq: int, type: str, data: Any) -> None:
@@ -313,9 +315,9 @@ async def test_who_is_too_far_behind_begins_anew(
             await socket.ask("subscribe", sets=[{"set": "all"}])
             cursor = (await socket.until(lambda frame: frame["t"] == "hb"))["d"]["cursor"]
         await database.execute(
-            "INSERT INTO events (job_id, seq, type, data) "
-            "SELECT $1, 1 + n, 'log', '{}' FROM generate_series(1, 9000) n",
+            "INSERT INTO events (job_id, seq, type, data) SELECT $1, 1 + n, 'log', $2 FROM generate_series(1, 9000) n",
             UUID(job),
+            LINE,
         )
         await database.execute("UPDATE jobs SET seq = 9001 WHERE id = $1", UUID(job))
         async with live(http) as socket:
@@ -324,8 +326,9 @@ async def test_who_is_too_far_behind_begins_anew(
             assert durable(socket.frames) == [(job, seq) for seq in range(2, 9002)]
         await database.execute(
             "INSERT INTO events (job_id, seq, type, data) "
-            "SELECT $1, 9001 + n, 'log', '{}' FROM generate_series(1, 1001) n",
+            "SELECT $1, 9001 + n, 'log', $2 FROM generate_series(1, 1001) n",
             UUID(job),
+            LINE,
         )
         async with live(http) as socket:
             await socket.ask("subscribe", sets=[{"set": "all", "since": cursor}])
@@ -343,7 +346,8 @@ async def test_a_burst_and_a_slow_client_of_a_set(
         async with database.transaction():
             await database.execute(
                 "INSERT INTO events (job_id, seq, type, data) SELECT id, 1 + n, 'log', "
-                "jsonb_build_object('message', repeat('x', 2000)) FROM jobs, generate_series(1, 200) n"
+                "$1 || jsonb_build_object('message', repeat('x', 2000)) FROM jobs, generate_series(1, 200) n",
+                LINE,
             )
             await database.execute("UPDATE jobs SET seq = 201")
         expected = {(job, seq) for job in jobs for seq in range(2, 202)}
