@@ -167,7 +167,7 @@ async def test_processes_see_each_others_visitors_and_wiped_entries_come_back(
 ) -> None:
     from services.web.live import rooms  # Django must be set up
 
-    monkeypatch.setattr(rooms, "RENEW_EVERY", 0.3)
+    monkeypatch.setattr(rooms, "RENEW_EVERY", 1)
     async with (
         web(settings) as url,
         httpx.AsyncClient(base_url=url, headers=http.headers, trust_env=False) as elsewhere,
@@ -177,7 +177,6 @@ async def test_processes_see_each_others_visitors_and_wiped_entries_come_back(
         await ada.wait(lambda frame: frame.get("joined") == "bob")
         assert bob.presence() == [("here", ["ada", "bob"])]
         await redis.flushall()
-        assert (await http.get("/api/v1/rooms/lobby/presence")).json() == {"here": []}
 
         async def back() -> bool:
             return (await elsewhere.get("/api/v1/rooms/lobby/presence")).json() == {"here": ["ada", "bob"]}
