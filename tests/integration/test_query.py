@@ -283,7 +283,7 @@ async def test_what_takes_too_long_is_ended_in_postgres(
     """)
     began = time.monotonic()
     assert "ended there" in await refused(http, sql, 504, "deadline-passed", timeout=0.3)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert await source.fetchval(f"SELECT count(*) FROM pg_stat_activity WHERE {OURS} AND state = 'active'") == 0
     assert (await ask(http, "SELECT 1"))["rows"] == [[1]]
 
@@ -293,7 +293,7 @@ async def test_what_takes_too_long_is_ended_in_sqlite(http: httpx.AsyncClient) -
     for _ in range(3):
         began = time.monotonic()
         await refused(http, endless, 504, "deadline-passed", source="lite", timeout=0.2)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 10
     assert (await ask(http, "SELECT 1", source="lite"))["rows"] == [[1]]
 
 

@@ -20,7 +20,8 @@ from headway.sources import Column
 from services.worker.kinds.sql_text import CsvRows, JsonRows
 from tests.conftest import Service, until
 
-ROWS = "SELECT n AS id, 'name ' || n AS name FROM generate_series(1, {}) AS n"
+# Two series: a single one would be made whole before its first row is given.
+ROWS = "SELECT a * 10000 + b AS id FROM generate_series(1, 10000) AS a, generate_series(1, 10000) AS b"
 ACTIVE = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'headway' AND state = 'active'"
 
 
@@ -158,19 +159,19 @@ async def test_what_cannot_be_exported_fails_in_words_and_leaves_nothing(service
 
 async def test_a_cancel_ends_the_statement_in_the_source(service: Service, source: asyncpg.Connection) -> None:
     sleep = await service.client.submit("sql.export", {"sql": "SELECT pg_sleep(600)"})
-    await until(lambda: source.fetchval(f"{ACTIVE} AND query LIKE '%pg_sleep(600)'"), 20)
-    large = await service.client.submit("sql.export", {"sql": ROWS.format(100_000_000)})
-    await until(lambda: _progress(service, large["id"]), 20)
+    await until(lambda: source.fetchval(f"{ACTIVE} AND query LIKE '%pg_sleep(600)'"), 40)
+    large = await service.client.submit("sql.export", {"sql": ROWS})
+    await until(lambda: _progress(service, large["id"]), 40)
     for job in (sleep, large):
         await service.client.cancel(job["id"])
-        assert (await service.client.wait(job["id"], timeout=5))["state"] == "cancelled"
+        assert (await service.client.wait(job["id"], timeout=20))["state"] == "cancelled"
     assert await source.fetchval(f"{ACTIVE} AND datname = current_database()") == 0
 
 
 async def test_progress_is_of_the_planners_estimate(service: Service, source: asyncpg.Connection) -> None:
     await source.execute("CREATE TABLE t AS SELECT n FROM generate_series(1, 3000) AS n; ANALYZE t")
     job = await service.client.submit("sql.export", {"sql": "SELECT n, pg_sleep(0.001) FROM t"})
-    seen = await until(lambda: _progress(service, job["id"]), 20)
+    seen = await until(lambda: _progress(service, job["id"]), 40)
     assert seen["unit"] == "rows"
     assert 2_000 < seen["total"] < 4_000
     assert (await service.client.wait(job["id"], timeout=40))["progress"]["done"] == 3000
