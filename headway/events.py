@@ -89,7 +89,7 @@ def layer(redis_url: str) -> Layer:
 
 
 def message(event: Event) -> dict[str, Any]:
-    """An event as it travels: `d` is JSON text."""
+    """An event as it travels: `d` is JSON text, the same as of what Postgres has kept of it."""
     return {
         "type": "job.event",
         "job": str(event.job_id),
@@ -97,7 +97,7 @@ def message(event: Event) -> dict[str, Any]:
         "seq": event.seq,
         "t": event.type,
         "terminal": event.terminal,
-        "d": json.dumps(event.data, separators=(",", ":")),
+        "d": json.dumps(event.data, separators=(",", ":"), sort_keys=True),
     }
 
 

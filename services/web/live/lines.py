@@ -7,8 +7,8 @@ from headway.job import Job
 
 
 def encode(value: Any) -> str:
-    """JSON without spaces."""
-    return json.dumps(value, separators=(",", ":"))
+    """JSON without spaces. Postgres keeps the keys of an object in an order of its own, so they are sorted."""
+    return json.dumps(value, separators=(",", ":"), sort_keys=True)
 
 
 class Line(Protocol):
