@@ -5,6 +5,7 @@ from typing import Any
 
 from uuid_utils import uuid7
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from headway.errors import BadRequest
@@ -13,6 +14,8 @@ from headway.errors import BadRequest
 GOODBYE = 3.0
 MOST_HEAD = 64 * 1024
 MOST_HEADERS = 100
+# Bytes that may wait for a peer which sends pings and does not read.
+MOST_UNREAD = 1 << 20
 
 UNREADABLE = (
     "This is not a request of HTTP/1.1, or its path is not percent-encoded, or its head is over the limits of "
@@ -75,13 +78,37 @@ class WebSocket(WebSocketsSansIOProtocol):
             self.transport.close()
 
     async def send(self, message: Any) -> None:
-        await super().send(message)
+        try:
+            await super().send(message)
+        except RuntimeError:
+            if self.close_sent:
+                # uvicorn has closed by itself: the peer sent what is no frame, or answers no pings.
+                raise ClientDisconnected from None
+            raise
         if self.close_sent:
             self._abort_after(self.close_timeout)
 
     def shutdown(self) -> None:
         super().shutdown()
         self._abort_after(GOODBYE)
+
+    def send_receive_event_to_app(self) -> None:
+        """uvicorn takes text that is no UTF-8 for an error of the service."""
+        if self.curr_msg_data_type == "text":
+            try:
+                b"".join(self.frames).decode()
+            except UnicodeDecodeError:
+                self.frames = []
+                self.conn.send_close(1007)
+                self.handle_parser_exception()
+                return
+        super().send_receive_event_to_app()
+
+    def handle_ping(self) -> None:
+        """Each is answered, without end, though nobody may read the answers."""
+        super().handle_ping()
+        if self.transport.get_write_buffer_size() > MOST_UNREAD:
+            self.transport.abort()
 
     def keepalive_timeout(self) -> None:
         super().keepalive_timeout()
