@@ -19,7 +19,6 @@ from services.web.live.session import (
     Session,
     Sort,
 )
-from services.web.live.writer import SLOW
 
 TICK = 1.0
 # While there are no live events, Postgres is read this often.
@@ -121,8 +120,7 @@ class Sessions:
         for session in tuple(self.open):
             if session.writer.since is not None and now - session.writer.since > PATIENCE:
                 log.warning("a client does not read; it is dropped", session=session.id)
-                metrics.live_slow.inc()
-                session.close(SLOW)
+                session.writer.give_up()
                 session.writer.drop()
                 session.transport.abort()
             elif now > session.ends:

@@ -92,7 +92,9 @@ class EventStream(HttpResponseBase):
     # Transport
 
     async def send(self, lines: Sequence[Line]) -> None:
-        assert self._send is not None
+        if self._send is None:
+            # The process is told to stop before the answer has begun, which then ends at once.
+            return
         await self._send({"type": "http.response.body", "body": b"".join(map(_event, lines)), "more_body": True})
 
     async def close(self, code: int, reason: str) -> None:  # type: ignore[override]

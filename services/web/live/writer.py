@@ -53,6 +53,7 @@ class Writer:
         "_flushed",
         "_lines",
         "_room",
+        "_slow",
         "_task",
         "_timer",
         "_transport",
@@ -70,6 +71,7 @@ class Writer:
         self._task: asyncio.Task[None] | None = None
         self._room: asyncio.Event | None = None
         self._ending: tuple[int, str] | None = None
+        self._slow = False
         # Since when the client has not taken what was sent to it; None if it has.
         self.since: float | None = None
 
@@ -91,8 +93,7 @@ class Writer:
             self._bytes += line.size
             if self._lines > MOST_LINES or self._bytes > MOST_BYTES + line.size:
                 self._waiting.clear()
-                metrics.live_slow.inc()
-                self.end(SLOW, SLOW_REASON)
+                self.give_up()
                 return
         self._schedule(urgent)
 
@@ -115,6 +116,13 @@ class Writer:
             self._ending = (code, reason)
             self._schedule(True)
             self._make_room()
+
+    def give_up(self) -> None:
+        """Close the session, since its client does not keep up."""
+        if not self._slow:
+            self._slow = True
+            metrics.live_slow.inc()
+        self.end(SLOW, SLOW_REASON)
 
     def drop(self) -> None:
         """The client has gone, or is to go at once: send nothing more."""
