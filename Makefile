@@ -1,6 +1,6 @@
 # Headway's front door. `make` alone prints the manual.
 .DEFAULT_GOAL := help
-.PHONY: help run test browser check docs bench chaos lock clean
+.PHONY: help run test browser check docs bench chaos storm lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,6 +39,10 @@ bench: $(VENV)/dev.stamp ## Run the benchmarks
 
 chaos: $(VENV)/dev.stamp ## Random faults under load: seconds=600, and seed=… to repeat a run
 	@$(BIN)/python -m tests.faults.chaos --seconds $(or $(seconds),600) $(if $(seed),--seed $(seed))
+
+storm: $(VENV)/dev.stamp ## The live stream under faults: sockets=1000 reconnects=20 events=10000, and seed=… to repeat a run
+	@$(BIN)/python -m tests.faults.storm --sockets $(or $(sockets),1000) --reconnects $(or $(reconnects),20) \
+		--events $(or $(events),10000) $(if $(seed),--seed $(seed)) $(if $(seconds),--seconds $(seconds))
 
 lock: ## Write requirements/*.txt anew from pyproject.toml (needs uv); ARGS=--upgrade takes newer versions
 	$(LOCK) -o requirements/base.txt

@@ -17,6 +17,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, fields
 from pathlib import Path
 from random import Random, SystemRandom
+from typing import Any
 
 import asyncpg
 from click import echo
@@ -71,7 +72,7 @@ async def run(options: Options, home: Path) -> Report:
     stack = Stack(options, home, recorder)
     clients = Clients(stack, Random(f"clients {options.seed}"))
     async with stack.open(), clients.open():
-        faults = Faults(stack, clients, Random(f"faults {options.seed}"))
+        faults = Faults(stack, clients.submit, Random(f"faults {options.seed}"))
         began = time.monotonic()
         tasks = [asyncio.create_task(each) for each in (clients.run(), faults.run(), _say(began, clients, faults))]
         done, _ = await asyncio.wait(tasks, timeout=options.seconds, return_when=asyncio.FIRST_EXCEPTION)
@@ -83,7 +84,7 @@ async def run(options: Options, home: Path) -> Report:
         await stack.heal()
         await clients.end()
         echo(f"{time.monotonic() - began:.0f} s: faults have stopped; waiting for the queue to drain")
-        await _drained(stack)
+        await drained(stack)
         await _read_all(stack, recorder)
     recorder.close()
     found = History.of(merge(history))
@@ -101,7 +102,7 @@ async def _say(began: float, clients: Clients, faults: Faults) -> None:
         )
 
 
-async def _drained(stack: Stack) -> None:
+async def drained(stack: Stack) -> None:
     """Wait until no job is open, or none has ended for a while: the checker names those that are open."""
     connection = await asyncpg.connect(stack.database_url)
     fewest, since = await connection.fetchval(OPEN), time.monotonic()
@@ -133,7 +134,7 @@ def main() -> int:
     echo(f"seed {options.seed}")
     home = arguments.home or Path(tempfile.mkdtemp(prefix="headway-chaos-"))
     try:
-        report = asyncio.run(_until_told(run(options, home)))
+        report = asyncio.run(until_told(run(options, home)))
     except asyncio.CancelledError:
         echo("stopped before the end")
         failed, wanted = True, False
@@ -147,9 +148,9 @@ def main() -> int:
     return int(failed)
 
 
-async def _until_told(work: Coroutine[object, object, Report]) -> Report:
+async def until_told(work: Coroutine[object, object, Any]) -> Any:
     """`work`, which Ctrl-C and SIGTERM cancel, so that it stops what it has started."""
-    task: asyncio.Task[Report] = asyncio.create_task(work)
+    task = asyncio.create_task(work)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     return await task

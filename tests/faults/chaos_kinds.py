@@ -113,6 +113,18 @@ async def steps(job: JobContext, input: Work) -> Done:
         return Done(run=run.id)
 
 
+@kind("chaos.talk", timeout="10m")
+async def talk(job: JobContext, input: Work) -> Done:
+    """Logs and reports `times` times over `ms`, and goes on from the last checkpoint."""
+    async with recorded(job) as run:
+        for step in range((job.checkpoint or {"step": 0})["step"] + 1, input.times + 1):
+            await asyncio.sleep(input.ms / 1000 / input.times)
+            await job.log(f"step {step} of run {run.id}")
+            await run.report(step, input.times)
+            await run.save(step)
+        return Done(run=run.id)
+
+
 @kind("chaos.artifact", timeout="1m")
 async def artifact(job: JobContext, input: Work) -> Done:
     """Writes an artifact of `times` KiB over `ms`. Each run writes other bytes."""

@@ -225,6 +225,8 @@ class Stack:
             "HEADWAY_KEY_PEPPER": PEPPER,
             "HEADWAY_KINDS": "tests.faults.chaos_kinds",
             "HEADWAY_SLOTS": "20",
+            # Most clients of a run share a key.
+            "HEADWAY_CONNECTIONS": "5000",
             "HEADWAY_DRAIN": "0.1",
             "HEADWAY_LOG_LEVEL": "WARNING",
             "CHAOS_HISTORY": str(self.history),

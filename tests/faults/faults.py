@@ -18,7 +18,6 @@ from redis.exceptions import RedisError
 from headway.lifecycle import LEASE
 from headway.queue import NAME as QUEUE
 from headway.store import OUTAGES
-from tests.faults.chaos_clients import Clients
 from tests.faults.chaos_stack import Member, Stack
 
 log = logging.getLogger(__name__)
@@ -30,15 +29,17 @@ REPLIES = (b"INSERT 0 ", b"SELECT ", b"UPDATE ")
 UNAVAILABLE: tuple[type[BaseException], ...] = (RedisError, *OUTAGES)
 
 Fault = Callable[[], Awaitable[bool]]
+# Submits a job of a kind that takes so many milliseconds, for a fault that needs one; its id, if it was accepted.
+Submit = Callable[[str, int], Awaitable[str | None]]
 
 
 class Faults:
     """Injects until cancelled. `injected` counts by name what was really done."""
 
-    def __init__(self, stack: Stack, clients: Clients, random: Random) -> None:
+    def __init__(self, stack: Stack, submit: Submit, random: Random) -> None:
         self.injected: Counter[str] = Counter()
         self._stack = stack
-        self._clients = clients
+        self._submit = submit
         self._random = random
         self._lease = stack.options.lease or LEASE.total_seconds()
         self._under_way: set[asyncio.Task[None]] = set()
@@ -155,7 +156,7 @@ class Faults:
         if self._pausing.locked():
             return False
         async with self._pausing:
-            job = await self._clients.submit(self._random.choice(self._paused), 600)
+            job = await self._submit(self._random.choice(self._paused), 600)
             if job is None:
                 return False
             connection = await asyncpg.connect(self._stack.database_url, timeout=3, command_timeout=3)

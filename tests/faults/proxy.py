@@ -3,6 +3,8 @@
 import asyncio
 import socket
 import struct
+from collections import deque
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -11,13 +13,14 @@ RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class Proxy:
-    """Forwards connections to `host:port` until told otherwise. Use it as `async with`; `port` is where it listens.
+    """Forwards connections to a port of `host` until told otherwise. Use it as `async with`; it listens on `port`.
 
-    `latency` is what every piece waits, in seconds, each way.
+    Of several ports each connection gets the next one in turn that accepts it. `latency` is what every piece waits, in
+    seconds, each way.
     """
 
-    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
-        self._target = (host, port)
+    def __init__(self, *ports: int, host: str = "127.0.0.1") -> None:
+        self._targets = deque((host, port) for port in ports)
         self._open = asyncio.Event()
         self._open.set()
         self._connections: set[_Connection] = set()
@@ -87,13 +90,24 @@ class Proxy:
         self._connections.add(connection)
         try:
             await self._open.wait()
-            await connection.serve(self._target)
+            await connection.serve(*await self._connect())
         except OSError:
             # The target is away: the client sees its connection closed, as it would see it refused.
+            writer.transport.abort()
+        except asyncio.CancelledError:
+            # The proxy is left. asyncio takes it for an error if this task ends as cancelled.
             writer.transport.abort()
         finally:
             self._connections.discard(connection)
             self._serving.discard(task)
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        for _ in range(len(self._targets) - 1):
+            self._targets.rotate()
+            with suppress(OSError):
+                return await asyncio.open_connection(*self._targets[0], limit=CHUNK)
+        self._targets.rotate()
+        return await asyncio.open_connection(*self._targets[0], limit=CHUNK)
 
 
 class _Connection:
@@ -104,8 +118,7 @@ class _Connection:
         self._reader = reader
         self._writers = [writer]
 
-    async def serve(self, target: tuple[str, int]) -> None:
-        reader, writer = await asyncio.open_connection(*target, limit=CHUNK)
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writers.append(writer)
         try:
             pumps = (self._pump(self._reader, writer, reply=False), self._pump(reader, self._writers[0], reply=True))
@@ -123,11 +136,11 @@ class _Connection:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, reply: bool) -> None:
         try:
             while piece := await reader.read(CHUNK):
-                if not await self._proxy.forward(piece, self, reply=reply):
+                if not await self._proxy.forward(piece, self, reply=reply) or writer.is_closing():
                     return
                 writer.write(piece)
                 await writer.drain()
-            if writer.can_write_eof():
+            if writer.can_write_eof() and not writer.is_closing():
                 writer.write_eof()
         except OSError:
             # One half is broken, so the other one is to be as well.
