@@ -11,14 +11,20 @@ HeadwayError
 │   │   └── OriginRefused      403 origin-refused
 │   ├── NotFound               404 not-found
 │   ├── MethodNotAllowed       405 method-not-allowed
+│   ├── TooSlow                408 too-slow
 │   ├── Conflict               409 conflict
+│   ├── WrongVersion           412 wrong-version
 │   ├── TooLarge               413 too-large
+│   │   └── QuotaExceeded      413 quota-exceeded
+│   ├── WrongType              415 wrong-type
 │   ├── InvalidRequest         422 invalid-request
 │   │   ├── UnknownKind        422 unknown-kind
 │   │   ├── KeyReused          422 idempotency-key-reused
 │   │   ├── InvalidInput       422 invalid-input
-│   │   └── QueryRefused       422 query-refused
+│   │   ├── QueryRefused       422 query-refused
+│   │   └── DigestMismatch     422 digest-mismatch
 │   ├── TooMany                429 too-many
+│   ├── ChecksumMismatch       460 checksum-mismatch
 │   ├── Internal               500 internal
 │   ├── Unavailable            503 unavailable
 │   ├── SourceUnavailable      503 source-unavailable
@@ -128,16 +134,40 @@ class MethodNotAllowed(Problem):
     status, slug, title = 405, "method-not-allowed", "The method is not allowed here"
 
 
+class TooSlow(Problem):
+    """No more of the body came for a while. An upload that can be resumed keeps what arrived."""
+
+    status, slug, title = 408, "too-slow", "The body did not arrive in time"
+
+
 class Conflict(Problem):
     """The thing is in a state that does not permit this."""
 
     status, slug, title = 409, "conflict", "Not possible in the present state"
 
 
+class WrongVersion(Problem):
+    """The request is of another version of the tus protocol; the Tus-Version header lists those spoken here."""
+
+    status, slug, title = 412, "wrong-version", "Another version of the protocol"
+
+
 class TooLarge(Problem):
     """The body is over a limit; the detail names the limit."""
 
     status, slug, title = 413, "too-large", "Over a size limit"
+
+
+class QuotaExceeded(TooLarge):
+    """The files of the tenant would be over its quota. Delete some, or ask the operator for more."""
+
+    slug, title = "quota-exceeded", "Over the quota of the tenant"
+
+
+class WrongType(Problem):
+    """The body is of another content type than this takes; the detail names what it takes."""
+
+    status, slug, title = 415, "wrong-type", "Not this content type"
 
 
 class InvalidRequest(Problem):
@@ -170,10 +200,22 @@ class QueryRefused(InvalidRequest):
     slug, title = "query-refused", "The statement is refused"
 
 
+class DigestMismatch(InvalidRequest):
+    """What arrived is not what Content-Digest or Digest announced. Nothing of it was kept; send it again."""
+
+    slug, title = "digest-mismatch", "The body was damaged on its way"
+
+
 class TooMany(Problem):
     """More connections or subscriptions than a client may have at a time; the detail names the limit."""
 
     status, slug, title = 429, "too-many", "More than is allowed at a time"
+
+
+class ChecksumMismatch(Problem):
+    """What arrived is not what Upload-Checksum announced. Nothing of it was kept; send it again."""
+
+    status, slug, title = 460, "checksum-mismatch", "The bytes were damaged on their way"
 
 
 class Internal(Problem):
@@ -275,14 +317,20 @@ PROBLEMS: tuple[type[Problem], ...] = (
     OriginRefused,
     NotFound,
     MethodNotAllowed,
+    TooSlow,
     Conflict,
+    WrongVersion,
     TooLarge,
+    QuotaExceeded,
+    WrongType,
     InvalidRequest,
     UnknownKind,
     KeyReused,
     InvalidInput,
     QueryRefused,
+    DigestMismatch,
     TooMany,
+    ChecksumMismatch,
     Internal,
     Unavailable,
     SourceUnavailable,

@@ -1,34 +1,35 @@
-"""Where files and artifacts are kept: a local folder, streamed in and out in constant memory."""
+"""Files and artifacts: streamed into and out of the place where they are kept, in constant memory."""
 
 import asyncio
 import hashlib
-import os
-import shutil
-from collections.abc import AsyncIterator, Container, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Container, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 from uuid import UUID
 
 import obstore
 import structlog
 from obstore.exceptions import BaseError
-from obstore.store import LocalStore
 
-from headway.errors import InvalidSettings, NoStorage, NotFound, TooLarge
+from headway.errors import NoStorage, NotFound, TooLarge
+from headway.job import Part
+from headway.places import open_place
 
 if TYPE_CHECKING:
-    from obstore import GetOptions
+    from hashlib import _Hash
 
 CHUNK = 1 << 20
 
 log = structlog.get_logger(__name__)
 
 
-def file_key(tenant_id: UUID, file_id: UUID) -> str:
-    """Where an uploaded file is kept."""
+class CutOff(Exception):
+    """What was being sent broke off, and there is nobody left to answer."""
+
+
+def file_folder(tenant_id: UUID, file_id: UUID) -> str:
+    """Below this the parts of an uploaded file are kept."""
     return f"files/{tenant_id}/{file_id}"
 
 
@@ -51,20 +52,11 @@ class Stored:
 
 
 class Files:
-    """The object store behind `files_location`."""
+    """The object store behind a `file:///` or `s3://` URL; `options` are S3's, beside its variables AWS_*."""
 
-    def __init__(self, location: str, *, max_size: int) -> None:
-        parts = urlsplit(location)
-        if parts.scheme != "file":
-            raise InvalidSettings(f"HEADWAY_FILES_URL must be a file:/// URL, not {parts.scheme}://.")
-        folder = Path(unquote(parts.path))
-        try:
-            self._store = LocalStore(folder, mkdir=True, automatic_cleanup=True)
-        except OSError as error:
-            raise InvalidSettings(
-                f"Files cannot be kept in {folder}: {error}. Check HEADWAY_FILES_URL or HEADWAY_HOME."
-            ) from None
-        self._folder = folder
+    def __init__(self, location: str, *, max_size: int, options: Mapping[str, str] | None = None) -> None:
+        self._place = open_place(location, options=options or {}, largest=max_size)
+        self._store = self._place.store
         self._max_size = max_size
 
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> Stored:
@@ -80,13 +72,13 @@ class Files:
         return out.stored
 
     @asynccontextmanager
-    async def writer(self, key: str) -> AsyncIterator["Writer"]:
+    async def writer(self, key: str, digest: "_Hash | None" = None) -> AsyncIterator["Writer"]:
         """Write piece by piece; `stored` is set once the block ends. An exception in it leaves nothing behind.
 
-        Raises NoStorage if the place of files takes no more.
+        `digest` is a SHA-256 to go on with. Raises NoStorage if the place of files takes no more.
         """
-        out = Writer(self._max_size)
-        writing = asyncio.ensure_future(obstore.put_async(self._store, key, out.chunks(), chunk_size=CHUNK))
+        out = Writer(self._max_size, digest)
+        writing = asyncio.ensure_future(obstore.put_async(self._store, key, out.chunks(), **self._place.writing))
         out.writing = writing
         try:
             yield out
@@ -99,7 +91,7 @@ class Files:
             failure = None if writing.cancelled() else writing.exception()
             if not writing.cancelled() and failure is None:
                 await self.delete([key])
-            if failure is error and isinstance(error, BaseError):
+            if failure is error and isinstance(error, BaseError | OSError):
                 raise _no_storage(error) from error
             raise
         out.stored = out.so_far()
@@ -111,14 +103,23 @@ class Files:
 
         Raises NotFound if nothing is kept there.
         """
-        # The store refuses a range of a file without bytes.
-        span: GetOptions = {"range": (start, end)} if end is not None else {"range": {"offset": start}} if start else {}
         try:
-            found = await obstore.get_async(self._store, key, options=span)
+            async for piece in self._place.read(key, start, end, chunk):
+                yield piece
         except FileNotFoundError:
             raise NotFound("The bytes of this file are gone.") from None
-        async for piece in found.stream(chunk):
-            yield bytes(piece)
+
+    async def read_parts(
+        self, parts: Sequence[Part], start: int, end: int, *, chunk: int = CHUNK
+    ) -> AsyncIterator[bytes]:
+        """The same of a file that is kept in parts, each a key and its size in bytes."""
+        first = 0
+        for key, size in parts:
+            begin, stop = max(start - first, 0), min(end - first, size)
+            if begin < stop:
+                async for piece in self.read(key, begin, stop, chunk=chunk):
+                    yield piece
+            first += size
 
     async def save(self, key: str, data: bytes) -> None:
         """Write `data` under `key`; it outlasts a loss of power once this returns.
@@ -129,14 +130,14 @@ class Files:
             raise TooLarge(f"{len(data):,} bytes are over the limit of {self._max_size:,}; keep them in smaller parts.")
         try:
             await obstore.put_async(self._store, key, data, use_multipart=False)
-            await asyncio.to_thread(self._sync, key)
+            await self._place.settle(key)
         except (BaseError, OSError) as error:
             raise _no_storage(error) from error
 
     async def delete(self, keys: Sequence[str]) -> None:
         """Forget what is kept under `keys`; those that do not exist are passed over."""
         for key in keys:
-            with suppress(FileNotFoundError):
+            with suppress(FileNotFoundError), _reachable():
                 await obstore.delete_async(self._store, key)
 
     async def delete_attempts(self, job_id: UUID, last: int, *, keep: Container[str]) -> None:
@@ -144,52 +145,40 @@ class Files:
 
         Also what was still being written when a worker was killed.
         """
-        await asyncio.to_thread(self._sweep, job_id, last, keep)
+        for folder in _of(job_id):
+            with _reachable():
+                await self._place.clear(folder, lambda key: int(key.split("/")[2]) <= last and key not in keep)
 
     async def delete_job(self, job_id: UUID) -> None:
         """Forget all bytes of a job: artifacts, parts, and what attempts that were killed have left."""
-        for folder in self._of(job_id):
-            with suppress(FileNotFoundError):
-                await asyncio.to_thread(shutil.rmtree, folder)
+        for folder in _of(job_id):
+            with _reachable():
+                await self._place.clear(folder, lambda _: True)
 
-    def _of(self, job_id: UUID) -> Sequence[Path]:
-        """The folders of a job, in which each attempt has its own."""
-        return [self._folder / top / str(job_id) for top in ("artifacts", "parts")]
+    async def delete_file(self, tenant_id: UUID, file_id: UUID, *, keep: Container[str] = ()) -> None:
+        """Forget all bytes of an uploaded file but for the keys to keep, also what requests that died have left."""
+        with _reachable():
+            await self._place.clear(file_folder(tenant_id, file_id), lambda key: key not in keep)
 
-    def _sync(self, key: str) -> None:
-        """Have the disk hold a file, and the folders that lead to it."""
-        path = self._folder / key
-        for each in (path, *path.parents[: len(Path(key).parts)]):
-            descriptor = os.open(each, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
-    def _sweep(self, job_id: UUID, last: int, keep: Container[str]) -> None:
-        for folder in self._of(job_id):
-            with suppress(FileNotFoundError):
-                for attempt in list(folder.iterdir()):
-                    if int(attempt.name) <= last:
-                        _empty(attempt, [path for path in attempt.iterdir() if self._key(path) not in keep])
-                _empty(folder, [])
+def _of(job_id: UUID) -> Sequence[str]:
+    """Where the bytes of a job are, below it those of each attempt."""
+    return [f"artifacts/{job_id}", f"parts/{job_id}"]
 
-    def _key(self, path: Path) -> str:
-        return path.relative_to(self._folder).as_posix()
+
+@contextmanager
+def _reachable() -> Iterator[None]:
+    """Raises NoStorage in place of what obstore says of a bucket that is away."""
+    try:
+        yield
+    except BaseError as error:
+        raise _no_storage(error) from error
 
 
 def _no_storage(error: Exception) -> NoStorage:
     # What the store says has paths in it, which are the operator's alone.
-    log.error("a file was not kept", error=repr(error))
+    log.error("the place of files refuses", error=repr(error))
     return NoStorage("The file could not be kept; ask the operator to look whether the place of files has room.")
-
-
-def _empty(folder: Path, files: Sequence[Path]) -> None:
-    """Delete files of a folder, and the folder itself if nothing is left in it."""
-    for path in files:
-        path.unlink(missing_ok=True)
-    with suppress(OSError):
-        folder.rmdir()
 
 
 class Writer:
@@ -198,12 +187,17 @@ class Writer:
     stored: Stored | None = None
     writing: "asyncio.Future[Any]"
 
-    def __init__(self, max_size: int) -> None:
+    def __init__(self, max_size: int, digest: "_Hash | None" = None) -> None:
         self._max_size = max_size
         self._size = 0
-        self._digest = hashlib.sha256()
+        self._digest = digest or hashlib.sha256()
         self._buffer = bytearray()
         self._queue: asyncio.Queue[bytes | BaseException | None] = asyncio.Queue(maxsize=2)
+
+    @property
+    def size(self) -> int:
+        """Bytes written so far."""
+        return self._size
 
     async def write(self, data: bytes) -> None:
         """Raises TooLarge past the limit."""

@@ -1,4 +1,4 @@
-"""Job, Progress, Event, File, Artifact: frozen records and their JSON shape."""
+"""Job, Progress, Event, File, Upload, Artifact: frozen records and their JSON shape."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +19,8 @@ LONGEST_KEY = 200
 MOST_PLACES = 100
 
 EventType = Literal["state", "progress", "log"]
+# Where a piece of a file is kept, and its size in bytes.
+Part = Sequence[Any]
 
 
 class Priority(IntEnum):
@@ -199,7 +201,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """An uploaded file. `sha256` is hex."""
+    """An uploaded file. `sha256` is hex; a file that was uploaded before there were times to keep one has none."""
 
     id: UUID
     tenant_id: UUID
@@ -208,6 +210,8 @@ class File:
     size: int
     sha256: str
     created_at: datetime
+    expires_at: datetime | None
+    parts: Sequence[Part] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -217,6 +221,41 @@ class File:
             "size": self.size,
             "sha256": self.sha256,
             "created_at": timestamp(self.created_at),
+            "expires_at": timestamp(self.expires_at),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A file that arrives in several requests: `received` of `size` bytes so far. Whole once it has a `sha256`.
+
+    `metadata` is the Upload-Metadata that its client sent; `keep_until` when the file is to go.
+    """
+
+    id: UUID
+    tenant_id: UUID
+    name: str
+    content_type: str
+    size: int
+    received: int
+    sha256: str | None
+    created_at: datetime
+    expires_at: datetime
+    keep_until: datetime | None
+    parts: Sequence[Part]
+    metadata: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The upload as the API shows it; `file` is the id of the file once it is whole."""
+        return {
+            "id": str(self.id),
+            "name": self.name,
+            "content_type": self.content_type,
+            "size": self.size,
+            "offset": self.received,
+            "created_at": timestamp(self.created_at),
+            "expires_at": timestamp(self.expires_at),
+            "file": str(self.id) if self.sha256 else None,
         }
 
 

@@ -38,6 +38,9 @@ claims_repeated = Counter(
 jobs_deleted = Counter("headway_jobs_deleted_total", "Ended jobs that were kept long enough and are deleted.")
 messages = Counter("headway_messages_total", "Messages that were said in rooms.")
 messages_deleted = Counter("headway_messages_deleted_total", "Messages that were kept long enough and are deleted.")
+files_deleted = Counter(
+    "headway_files_deleted_total", "Files whose time was over, uploads that were given up, and files that were deleted."
+)
 slots_busy = Gauge("headway_worker_slots_busy", "Jobs that this worker runs now.")
 slots = Gauge("headway_worker_slots", "Jobs that this worker can run at a time.")
 wakeups_failed = Counter("headway_wakeups_failed_total", "Wake-ups that Redis did not take; a scan finds the jobs.")

@@ -137,9 +137,17 @@ class Settings(BaseModel):
     query_bytes: int = Field(4 << 20, ge=1024, description="Most bytes of rows that `POST /query` answers with.")
     files_url: str | None = Field(
         None,
-        pattern=r"^file:///",
-        description="Where files and artifacts are kept: `file:///folder` (default: `files` in the home folder).",
+        pattern=r"^(file:///|s3://[a-z0-9])",
+        description="Where files and artifacts are kept: `file:///folder` (default: `files` in the home folder) or "
+        "`s3://bucket/prefix`.",
     )
+    s3_endpoint: str | None = Field(
+        None, pattern=r"^https?://", description="URL of S3, if it is not Amazon's; else `AWS_ENDPOINT_URL` counts."
+    )
+    s3_access_key: SecretStr | None = Field(
+        None, description="Access key of S3; else `AWS_ACCESS_KEY_ID`, or the role of the machine or pod."
+    )
+    s3_secret_key: SecretStr | None = Field(None, description="Secret of that key; else `AWS_SECRET_ACCESS_KEY`.")
     kinds: Items = Field((), description="Python modules with `@kind` functions, separated by commas.")
     secret_key: SecretStr = Field(min_length=32, description="Key of Django's sessions and signatures.")
     key_pepper: SecretStr = Field(min_length=32, description="Secret mixed into the hash of every API key.")
@@ -164,10 +172,16 @@ class Settings(BaseModel):
     drain: float = Field(20, ge=0, description="Seconds that SIGTERM leaves running requests and jobs to finish.")
     max_body: int = Field(1 << 20, ge=1024, description="Largest JSON body of a request.")
     max_file: int = Field(8 << 30, ge=1024, description="Largest uploaded file or artifact.")
+    quota: int | None = Field(None, ge=0, description="Bytes of files that a tenant may keep; any number if unset.")
+    upload_hours: float = Field(
+        24, gt=0, le=24 * 365, description="Hours that an upload in several requests waits for its next bytes."
+    )
     max_result: int = Field(1 << 20, ge=1024, description="Largest JSON result of a job.")
     # The kinds in the box count on the least that it may be.
     max_checkpoint: int = Field(64 << 10, ge=64 << 10, description="Largest JSON checkpoint of a job; 64 KiB or more.")
-    keep_days: float = Field(30, gt=0, le=36500, description="Days that an ended job is kept, with all that it made.")
+    keep_days: float = Field(
+        30, gt=0, le=36500, description="Days that an ended job is kept, with all that it made, and an uploaded file."
+    )
     keep_jobs: int = Field(
         1_000_000, ge=1, description="Ended jobs that are kept of each tenant; of more the oldest are deleted."
     )
@@ -181,6 +195,16 @@ class Settings(BaseModel):
     def files_location(self) -> str:
         """`files_url`, or the `files` folder of the home folder as a URL."""
         return self.files_url or (self.home.resolve() / "files").as_uri()
+
+    @property
+    def files_options(self) -> dict[str, str]:
+        """What `headway.files` needs to reach S3, beside the variables AWS_*."""
+        given = {
+            "endpoint": self.s3_endpoint,
+            "access_key_id": self.s3_access_key and self.s3_access_key.get_secret_value(),
+            "secret_access_key": self.s3_secret_key and self.s3_secret_key.get_secret_value(),
+        }
+        return {name: value for name, value in given.items() if value}
 
 
 def variable(name: str) -> str:

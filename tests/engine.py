@@ -21,12 +21,13 @@ from headway import settings as headway_settings
 from headway.embedded import Embedded
 from headway.events import Events, Layer, group
 from headway.files import Files
-from headway.job import Claim, Event, Job, Priority
+from headway.job import Claim, Event, File, Job, Priority
 from headway.lifecycle import LEASE, Lifecycle
 from headway.queue import Queue, connect
 from headway.settings import Settings
 from headway.store import Store, prepare
 from headway.submission import NewJob
+from headway.uploads import Uploads
 from services.worker.app import App
 from tests.conftest import TEMPLATE, Tenant, make_tenant, until
 from tests.faults.proxy import Proxy
@@ -73,6 +74,7 @@ class Engine:
     layer: Layer
     lifecycle: Lifecycle
     files: Files
+    uploads: Uploads
 
     async def submit(self, handler: Handler, *, timeout: float = 30, max_attempts: int = 1, **more: Any) -> UUID:
         """A job that runs `handler`, which must be in this process."""
@@ -87,6 +89,14 @@ class Engine:
         asked = {"tags": (), "priority": Priority.NORMAL, "tenant_id": self.tenant.id} | more
         new = NewJob(kind=kind, input=input, timeout=timeout, max_attempts=max_attempts, **asked)
         return (await self.lifecycle.submit(new))[0].id
+
+    async def upload(self, content: bytes, tenant_id: UUID | None = None) -> File:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield content
+
+        return await self.uploads.receive(
+            tenant_id or self.tenant.id, "in.csv", "text/csv", chunks(), size=len(content)
+        )
 
     async def claim(self, job_id: UUID, kind: str = "test.call") -> Claim:
         """Claim as a worker does. Fails if the job is not to be had."""
@@ -186,10 +196,11 @@ async def parts(settings: Settings, tenant: Tenant, database: asyncpg.Connection
     store, queue, layer = Store(settings.database_url.get_secret_value(), pool=5), Queue(connect(url)), Layer(url)
     await store.open()
     events = Events(layer)
-    files = Files(settings.files_location, max_size=settings.max_file)
+    files = Files(settings.files_location, max_size=settings.max_file, options=settings.files_options)
     lifecycle = Lifecycle(store, queue, events)
     try:
-        yield Engine(settings, tenant, database, store, queue, layer, lifecycle, files)
+        uploads = Uploads.of(settings, store, files)
+        yield Engine(settings, tenant, database, store, queue, layer, lifecycle, files, uploads)
     finally:
         await lifecycle.close()
         await queue.close()

@@ -277,15 +277,13 @@ class Store:
             for row in await self.rows(reads.FAILURES, job_id, tenant_id)
         ]
 
-    async def add_file(self, file: File) -> File:
-        rows = await self.rows(
-            reads.ADD_FILE, file.id, file.tenant_id, file.name, file.content_type, file.size, file.sha256
-        )
-        return File(**rows[0])
-
     async def get_file(self, file_id: UUID, tenant_id: UUID) -> File | None:
         rows = await self.rows(reads.GET_FILE, file_id, tenant_id)
         return File(**rows[0]) if rows else None
+
+    async def list_files(self, tenant_id: UUID, *, before: UUID | None, limit: int) -> list[File]:
+        """Without their parts."""
+        return [File(**row) for row in await self.rows(reads.LIST_FILES, tenant_id, before, limit)]
 
     async def live_keys(self, ids: Sequence[str]) -> dict[str, LiveKey]:
         """Those of the keys that are neither revoked nor expired."""

@@ -36,15 +36,23 @@ SELECT f.attempt, f.at, f.error FROM failures f JOIN jobs ON jobs.id = f.job_id
 WHERE f.job_id = $1 AND jobs.tenant_id = $2 ORDER BY f.token
 """
 
-# $1: id, $2: tenant, $3: name, $4: content type, $5: size, $6: sha256
-ADD_FILE = """
-INSERT INTO files (id, tenant_id, name, content_type, size, sha256) VALUES ($1, $2, $3, $4, $5, $6)
-RETURNING id, tenant_id, name, content_type, size, sha256, created_at
+# A file as clients see it, and where its bytes are: files that were uploaded before there were parts are one object.
+SEEN = "id, tenant_id, name, content_type, size, sha256, created_at, expires_at"
+FILE = f"""{SEEN},
+    coalesce(parts, jsonb_build_array(jsonb_build_array('files/' || tenant_id || '/' || id, size))) AS parts"""
+
+# A whole file. $1: id, $2: tenant
+GET_FILE = f"""
+SELECT {FILE} FROM files
+WHERE id = $1 AND tenant_id = $2 AND sha256 IS NOT NULL AND (expires_at IS NULL OR expires_at > now())
 """
 
-# $1: id, $2: tenant
-GET_FILE = """
-SELECT id, tenant_id, name, content_type, size, sha256, created_at FROM files WHERE id = $1 AND tenant_id = $2
+# The newest whole files of a tenant, before a cursor, without their parts. $1: tenant, $2: before id, $3: how many
+LIST_FILES = f"""
+SELECT {SEEN} FROM files
+WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2) AND sha256 IS NOT NULL
+    AND (expires_at IS NULL OR expires_at > now())
+ORDER BY id DESC LIMIT $3
 """
 
 # Those of some keys that are neither revoked nor expired. $1: ids

@@ -14,6 +14,7 @@ from headway.sources import Sources
 from headway.store import Store
 from headway.store.live import LiveStore
 from headway.store.sets import SetStore
+from headway.uploads import Uploads
 from services.web.api.auth import Keyring
 from services.web.api.catalog import Catalog
 from services.web.api.tickets import Tickets
@@ -39,6 +40,7 @@ class App:
     schedules: Schedules
     rooms: Rooms
     files: Files
+    uploads: Uploads
     sources: Sources
     keyring: Keyring
     tickets: Tickets
@@ -70,6 +72,7 @@ class App:
             "rooms": LiveRooms(rooms, presence, hub, events),
         }
         sessions = Sessions(hub, sorts, most=settings.connections)
+        files = Files(settings.files_location, max_size=settings.max_file, options=settings.files_options)
         keyring = Keyring(store, settings.key_pepper.get_secret_value())
         return cls(
             settings=settings,
@@ -77,7 +80,8 @@ class App:
             lifecycle=lifecycle,
             schedules=Schedules(store, lifecycle),
             rooms=rooms,
-            files=Files(settings.files_location, max_size=settings.max_file),
+            files=files,
+            uploads=Uploads.of(settings, store, files),
             sources=Sources(settings.sources, pool=settings.source_pool),
             keyring=keyring,
             tickets=Tickets(jobs.redis, keyring),

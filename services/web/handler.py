@@ -25,7 +25,8 @@ from services.web.api.request import ApiRequest
 from services.web.live.entrance import enter_stream, has_ticket
 from services.web.live.stream import EventStream
 
-STREAMED = ("POST", "/api/v1/files")
+# Below these the bodies of uploads are streams.
+STREAMED = ("/api/v1/files", "/api/v1/uploads")
 # Seconds that a client which still sends is listened to, so that it gets to read why its body is refused.
 LINGER = 5.0
 
@@ -83,7 +84,8 @@ class ApiHandler(ASGIHandler):
 
     async def _answer(self, request: ApiRequest) -> HttpResponseBase:
         try:
-            if (request.method, request.path_info) != STREAMED:
+            request.check()
+            if request.method not in ("POST", "PATCH") or not request.path_info.startswith(STREAMED):
                 await request.load()
             response = await self._view(request)
         except Http404:

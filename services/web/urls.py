@@ -12,7 +12,7 @@ from ninja.openapi.schema import OpenAPISchema
 from ninja.operation import Operation
 from ninja.parser import Parser
 
-from services.web.api import artifacts, events, files, jobs, kinds, queries, rooms, schedules, tickets
+from services.web.api import artifacts, events, files, jobs, kinds, queries, rooms, schedules, tickets, uploads
 from services.web.api.answers import on_exception
 from services.web.api.bodies import parse
 from services.web.live import page
@@ -60,6 +60,7 @@ api.add_router("/jobs", jobs.router)
 api.add_router("/jobs", artifacts.router)
 api.add_router("", events.router)
 api.add_router("/files", files.router)
+api.add_router("/uploads", uploads.router)
 api.add_router("/kinds", kinds.router)
 api.add_router("/schedules", schedules.router)
 api.add_router("/rooms", rooms.router)

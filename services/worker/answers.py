@@ -54,6 +54,7 @@ class Answers:
             "id": str(opened.file.id),
             "tenant_id": str(opened.file.tenant_id),
             "created_at": opened.file.created_at.isoformat(),
+            "expires_at": opened.file.expires_at and opened.file.expires_at.isoformat(),
         }
 
     async def _read_file(self, stream: int, file_id: str, size: int, start: int) -> None:

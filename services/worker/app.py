@@ -19,6 +19,7 @@ from headway.retention import Retention
 from headway.schedules import Schedules
 from headway.settings import Settings
 from headway.store import OUTAGES, Store
+from headway.uploads import Uploads
 from services.worker.context import Parts
 from services.worker.lease import LeaseKeeper
 from services.worker.runner import Runner
@@ -51,10 +52,10 @@ class App:
         redis_url = settings.redis_url.get_secret_value()
         wakeups, events = Queue(queue.connect(redis_url)), Events(layer(redis_url))
         lifecycle = Lifecycle(store, wakeups, events, lease=lease)
-        files = Files(settings.files_location, max_size=settings.max_file)
+        files = Files(settings.files_location, max_size=settings.max_file, options=settings.files_options)
         runner = Runner(found, Parts(settings, store, lifecycle, files))
         age = timedelta(days=settings.keep_days)
-        retention = Retention(store, files, age=age, most=settings.keep_jobs)
+        sweeper = Sweeper(Retention(store, files, age=age, most=settings.keep_jobs), Uploads.of(settings, store, files))
         loop = asyncio.get_running_loop()
 
         def lost(job_id: UUID, token: int) -> None:
@@ -72,7 +73,7 @@ class App:
             store=store,
             queue=wakeups,
             keeper=keeper,
-            beside=[Scheduler(Schedules(store, lifecycle)).run, Sweeper(retention).run],
+            beside=[Scheduler(Schedules(store, lifecycle)).run, sweeper.run],
         )
         return cls(store, lifecycle, wakeups, events, keeper, worker)
 

@@ -13,7 +13,7 @@ from uuid import UUID
 import structlog
 
 from headway.errors import Fatal, LeaseLost
-from headway.files import Files, Writer, artifact_key, file_key, part_key
+from headway.files import Files, Writer, artifact_key, part_key
 from headway.groups import Groups
 from headway.job import Artifact, Child, ChildEnding, Claim, File, Progress
 from headway.kinds import JobContext
@@ -60,9 +60,8 @@ class StoredFile:
     files: Files
 
     async def chunks(self, size: int = 1 << 20, *, start: int = 0) -> AsyncIterator[bytes]:
-        if start < self.file.size:
-            async for chunk in self.files.read(file_key(self.file.tenant_id, self.file.id), start, chunk=size):
-                yield chunk
+        async for chunk in self.files.read_parts(self.file.parts, start, self.file.size, chunk=size):
+            yield chunk
 
 
 class UnderWay(Protocol):

@@ -142,6 +142,7 @@ class ProxyContext(JobContext):
             "id": UUID(answer["id"]),
             "tenant_id": UUID(answer["tenant_id"]),
             "created_at": datetime.fromisoformat(answer["created_at"]),
+            "expires_at": answer["expires_at"] and datetime.fromisoformat(answer["expires_at"]),
         }
         return ProxyFile(File(**found), self._streams)
 

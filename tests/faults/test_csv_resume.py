@@ -17,8 +17,7 @@ import pytest
 
 from headway import Fatal, Retry
 from headway.embedded import Embedded
-from headway.files import file_key
-from headway.job import File, Job
+from headway.job import Job
 from headway.settings import Source
 from headway.states import JobState
 from services.worker.kinds import csv_import, csv_table
@@ -74,16 +73,9 @@ async def importer(engine: Engine, spawn: Spawner) -> WorkerProcess:
 
 
 async def submit(engine: Engine, data: bytes, *, max_attempts: int = 1, **more: Any) -> UUID:
-    async def chunks() -> AsyncIterator[bytes]:
-        yield data
-
-    file_id = uuid4()
-    stored = await engine.files.put(file_key(engine.tenant.id, file_id), chunks())
-    await engine.store.add_file(
-        File(file_id, engine.tenant.id, "t.csv", "text/csv", stored.size, stored.sha256, datetime.now(UTC))
-    )
+    file = await engine.upload(data)
     return await engine.submit_kind(
-        "csv.import", {"file": str(file_id), "table": "t", **more}, max_attempts=max_attempts
+        "csv.import", {"file": str(file.id), "table": "t", **more}, max_attempts=max_attempts
     )
 
 

@@ -245,7 +245,9 @@ async def test_artifacts_are_listed_and_downloaded(
         assert whole.headers["Content-Type"] == "text/csv"
         assert whole.headers["Content-Length"] == str(len(content))
         assert whole.headers["ETag"] == f'"{listed[0]["sha256"]}"'
-        assert whole.headers["Content-Disposition"] == f"attachment; filename*=UTF-8''{quote(name)}"
+        assert whole.headers["Content-Disposition"] == (
+            f"attachment; filename=\"bad rows, gr__er.csv\"; filename*=UTF-8''{quote(name)}"
+        )
         assert whole.headers["X-Content-Type-Options"] == "nosniff"
         empty = await http.get(f"{path}/empty")
         assert (empty.status_code, empty.content) == (200, b"")

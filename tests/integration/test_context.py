@@ -17,8 +17,7 @@ from uuid_utils.compat import uuid7
 from headway import Fatal, JobContext
 from headway.embedded import Embedded
 from headway.errors import LeaseLost, TooLarge
-from headway.files import file_key
-from headway.job import Claim, Ending, File
+from headway.job import Claim, Ending
 from headway.settings import Source
 from headway.states import JobState
 from services.worker.context import Context, Parts
@@ -418,36 +417,24 @@ async def test_work_goes_on_from_the_checkpoint_after_an_interruption(engine: En
 # -- files, artifacts, sources ---------------------------------------------------------------------------------------
 
 
-async def upload(engine: Engine, content: bytes, tenant_id: Any = None) -> File:
-    tenant_id, file_id = tenant_id or engine.tenant.id, uuid7()
-
-    async def chunks() -> AsyncIterator[bytes]:
-        yield content
-
-    stored = await engine.files.put(file_key(tenant_id, file_id), chunks())
-    now = (await engine.database.fetchrow("SELECT now()"))[0]
-    file = File(file_id, tenant_id, "in.csv", "text/csv", stored.size, stored.sha256, now)
-    return await engine.store.add_file(file)
-
-
 @pytest.mark.parametrize("start", [0, 1, 49_999, 50_000, 60_000])
 async def test_a_file_is_read_from_where_one_likes(engine: Engine, job: Context, start: int) -> None:
     content = bytes(range(250)) * 200
-    opened = await job.open_file((await upload(engine, content)).id)
+    opened = await job.open_file((await engine.upload(content)).id)
 
     assert opened.file.size == 50_000
     assert b"".join([chunk async for chunk in opened.chunks(7000, start=start)]) == content[start:]
 
 
 async def test_an_empty_file_has_no_bytes(engine: Engine, job: Context) -> None:
-    opened = await job.open_file((await upload(engine, b"")).id)
+    opened = await job.open_file((await engine.upload(b"")).id)
 
     assert [chunk async for chunk in opened.chunks()] == []
 
 
 async def test_another_tenants_file_is_as_unknown_as_none(engine: Engine, job: Context) -> None:
     stranger = await make_tenant(engine.database, "stranger")
-    file = await upload(engine, b"secret", stranger.id)
+    file = await engine.upload(b"secret", stranger.id)
 
     with pytest.raises(Fatal) as theirs:
         await job.open_file(file.id)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from uuid_utils.compat import uuid7
 
 from headway.errors import InvalidSettings, NotFound, TooLarge
-from headway.files import CHUNK, Files, artifact_key, file_key, part_key
+from headway.files import CHUNK, Files, artifact_key, part_key
 
 LIMIT = 64 << 20
 
@@ -81,9 +81,26 @@ async def test_pieces_are_about_as_large_as_asked_for(files: Files) -> None:
     assert len(sizes) > 5
 
 
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(1, 20), max_size=5), span=st.tuples(st.integers(0, 100), st.integers(0, 100)))
+def test_a_span_of_a_file_in_parts_is_that_of_the_whole(files: Files, sizes: list[int], span: tuple[int, int]) -> None:
+    whole = random.Random(1).randbytes(sum(sizes))
+    start, end = sorted(min(place, len(whole)) for place in span)
+
+    async def live() -> bytes:
+        parts, first = [], 0
+        for number, size in enumerate(sizes):
+            await files.save(f"part/{number}", whole[first : first + size])
+            parts.append((f"part/{number}", size))
+            first += size
+        return b"".join([piece async for piece in files.read_parts(parts, start, end, chunk=3)])
+
+    assert asyncio.run(live()) == whole[start:end]
+
+
 async def test_what_is_not_there_is_not_found(files: Files) -> None:
     with pytest.raises(NotFound, match="gone"):
-        await content(files, file_key(uuid7(), uuid7()))
+        await content(files, "files/none")
 
 
 async def test_a_stream_past_the_limit_is_refused_and_leaves_nothing(
@@ -249,5 +266,6 @@ async def test_deleting_passes_over_what_is_not_there(files: Files, kept: Callab
 
 
 def test_a_place_that_is_no_folder_is_refused() -> None:
-    with pytest.raises(InvalidSettings, match=r"HEADWAY_FILES_URL.*s3://"):
-        Files("s3://bucket", max_size=1)
+    for location in ("ftp://bucket", "s3:///prefix"):
+        with pytest.raises(InvalidSettings, match=r"HEADWAY_FILES_URL.*s3://"):
+            Files(location, max_size=1)

@@ -16,8 +16,7 @@ from uuid_utils.compat import uuid7
 from headway import JobContext, kind
 from headway.embedded import Embedded
 from headway.errors import InvalidSettings
-from headway.files import file_key
-from headway.job import File, Job
+from headway.job import Job
 from headway.settings import Source
 from headway.states import JobState
 from services.worker import process, runner
@@ -77,20 +76,6 @@ async def run(engine: Engine, kind: str, input: object, max_attempts: int = 1) -
     return await engine.ended(await engine.submit_kind(kind, input, max_attempts=max_attempts))
 
 
-async def upload(engine: Engine, content: bytes) -> UUID:
-    file_id = uuid7()
-
-    async def chunks() -> AsyncIterator[bytes]:
-        yield content
-
-    stored = await engine.files.put(file_key(engine.tenant.id, file_id), chunks())
-    now = await engine.database.fetchval("SELECT now()")
-    await engine.store.add_file(
-        File(file_id, engine.tenant.id, "in.bin", "text/plain", stored.size, stored.sha256, now)
-    )
-    return file_id
-
-
 # -- what reaches the job ------------------------------------------------------------------------------------------
 
 
@@ -110,12 +95,12 @@ async def test_result_progress_and_log_of_a_child_arrive_and_reports_are_cheap(e
 
 async def test_files_artifacts_and_parts_go_through_in_pieces(engine: Engine) -> None:
     content = os.urandom(7_000_000) + b"the end"
-    file_id = await upload(engine, content)
+    file_id = (await engine.upload(content)).id
 
     job = await run(engine, "child.copy", str(file_id))
 
     digest = hashlib.sha256(content).hexdigest()
-    assert job.result == {"sha256": digest, "size": len(content), "name": "in.bin", "part": "e end"}
+    assert job.result == {"sha256": digest, "size": len(content), "name": "in.csv", "part": "e end"}
     [artifact] = await engine.store.artifacts(job.id, engine.tenant.id)
     assert (artifact.sha256, artifact.size, artifact.content_type) == (digest, len(content), "application/x-copy")
     assert b"".join([chunk async for chunk in engine.files.read(artifact.key)]) == content

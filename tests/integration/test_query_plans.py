@@ -15,7 +15,7 @@ from psycopg.types.json import Json
 from uuid_utils.compat import uuid7
 
 from headway.embedded import Embedded
-from headway.store import groups, live, reads, retention, rooms, sets, sql
+from headway.store import files, groups, live, reads, retention, rooms, sets, sql
 from tests.engine import Engine
 from tests.engine import engine as make_engine
 
@@ -38,6 +38,12 @@ SELECT uuidv7(make_interval(secs => n - 200000)), CASE WHEN n % 5 = 0 THEN other
 FROM generate_series(1, $2::int) n, (SELECT array_agg(id) AS others FROM tenants WHERE id <> $1)
 """
 
+# Whole files, every tenth of them an upload that is not whole yet, and a few that are over.
+FILES = """
+INSERT INTO files (id, tenant_id, name, content_type, size, sha256, expires_at, parts, received, tidied)
+SELECT uuidv7(make_interval(secs => n - 200000)), $1, 'a', 'a/b', 10, CASE WHEN n % 10 <> 0 THEN 'x' END,
+    now() + make_interval(secs => n - 20), '[]', 0, n % 1000 <> 1 FROM generate_series(1, 20000) n
+"""
 
 BACKLOG = """
 INSERT INTO jobs (id, tenant_id, kind, state, input, timeout, position, concurrency_key, parked, seq)
@@ -55,7 +61,7 @@ INSERT INTO messages (tenant_id, room, seq, id, author, key_id, publish_key, tex
 SELECT $1, 'room-' || n, seq, gen_random_uuid(), 'ada', 'key', seq, 'hi', now() - (n + 50 - seq) * interval '1 minute'
 FROM generate_series(1, 2000) n, generate_series(1, 50) seq WHERE n % 500 <> 0
 """
-LARGE = ("jobs", "events", "rooms", "messages")
+LARGE = ("jobs", "events", "rooms", "messages", "files")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 async def engine(servers: Embedded, folder: Path) -> AsyncIterator[Engine]:
     """Jobs of long ago, and a few that are open."""
     async with make_engine(servers, folder) as engine:
+        await engine.database.execute(FILES, engine.tenant.id)
         await engine.database.execute(
             "INSERT INTO tenants (id, name) SELECT uuidv7(), 'tenant-' || n FROM generate_series(1, 20) n"
         )
@@ -80,10 +87,10 @@ async def engine(servers: Embedded, folder: Path) -> AsyncIterator[Engine]:
         await engine.lifecycle.claim(ids[: OPEN // 2], ["test.call"], "a worker")
         await engine.database.execute(ROOMS, engine.tenant.id)
         await engine.database.execute(MESSAGES, engine.tenant.id)
-        await engine.database.execute("VACUUM ANALYZE jobs, events, rooms, messages")
+        await engine.database.execute("VACUUM ANALYZE jobs, events, rooms, messages, files")
         yield engine
         # The database is shared, and to delete them one by one takes a while.
-        await engine.database.execute("TRUNCATE jobs, events, artifacts, rooms, messages")
+        await engine.database.execute("TRUNCATE jobs, events, artifacts, rooms, messages, files")
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -268,3 +275,28 @@ async def test_sets(engine: Engine, planning: psycopg.Connection) -> None:
         explain(planning, sets.MISSED, *missed, sets.MOST_BEHIND + 1)
         explain(planning, sets.OPEN_JOBS, 50, live.MOST_BYTES, tenant_id, kind, tag, parent)
     explain(planning, sets.EVENTS_AT, (await ids(engine, "queued"))[:10], [1] * 10)
+
+
+async def test_files_are_listed_and_found(engine: Engine, planning: psycopg.Connection) -> None:
+    file_id = await engine.database.fetchval(
+        "SELECT id FROM files WHERE sha256 IS NOT NULL ORDER BY id OFFSET 9000 LIMIT 1"
+    )
+    explain(planning, reads.GET_FILE, file_id, engine.tenant.id)
+    explain(planning, reads.LIST_FILES, engine.tenant.id, None, 51)
+    explain(planning, reads.LIST_FILES, engine.tenant.id, file_id, 51)
+
+
+async def test_uploads_begin_grow_and_end(engine: Engine, planning: psycopg.Connection) -> None:
+    tenant_id, wait = engine.tenant.id, timedelta(hours=1)
+    upload_id = await engine.database.fetchval("SELECT id FROM files WHERE sha256 IS NULL ORDER BY id DESC LIMIT 1")
+    explain(planning, files.BEGIN, uuid7(), tenant_id, "a", "a/b", 10, "", None, wait, 1 << 40, True)
+    explain(planning, files.GET_UPLOAD, upload_id, tenant_id)
+    explain(planning, files.APPEND, upload_id, tenant_id, 0, 10, "key", wait)
+    explain(planning, files.RENEW, upload_id, wait)
+    explain(planning, files.FINISH, upload_id, tenant_id, 10, "x", Json([]), wait, 1 << 40)
+    explain(planning, files.GIVE_UP, upload_id, tenant_id, False)
+
+
+async def test_sweeps_read_what_is_over_alone(engine: Engine, planning: psycopg.Connection) -> None:
+    explain(planning, files.EXPIRE, 20)
+    explain(planning, files.UNTIDY, 100)

@@ -45,7 +45,7 @@ class Api:
     """The application as a server calls it."""
 
     def __init__(self, application: Any, key: str) -> None:
-        self._application = application
+        self.application = application
         self.key = key
 
     async def __call__(
@@ -83,7 +83,7 @@ class Api:
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 2),
         }
-        await self._application(scope, receive, send)
+        await self.application(scope, receive, send)
         return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
 
@@ -104,6 +104,8 @@ async def api(settings: Settings, tenant: Tenant) -> AsyncIterator[Api]:
 async def test_a_thousand_requests_of_all_sorts_make_no_hop(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     _, job = await api("POST", "/api/v1/jobs", json.dumps(COUNTDOWN).encode())
     path = f"/api/v1/jobs/{json.loads(job)['id']}"
+    _, made = await api("POST", "/api/v1/files", b"a,b\n1,2\n")
+    file = f"/api/v1/files/{json.loads(made)['id']}"
     mixed: list[tuple[int, Any]] = [
         (200, ("GET", "/api/v1/kinds")),
         (200, ("GET", "/api/v1/kinds/demo.countdown")),
@@ -121,6 +123,12 @@ async def test_a_thousand_requests_of_all_sorts_make_no_hop(api: Api, monkeypatc
         (200, ("GET", "/api/v1/rooms/lobby/presence")),
         (200, ("GET", "/api/v1/rooms")),
         (201, ("POST", "/api/v1/ws-tickets", b'{"origin": "http://localhost"}')),
+        (200, ("GET", "/api/v1/files?limit=5")),
+        (200, ("GET", f"{file}/content")),
+        (200, ("HEAD", f"{file}/content")),
+        (404, ("DELETE", f"/api/v1/files/{NOWHERE}")),
+        (204, ("OPTIONS", "/api/v1/uploads")),
+        (412, ("POST", "/api/v1/uploads")),
         (400, ("POST", "/api/v1/jobs", b"{")),
         (400, ("GET", "/api/v1/jobs?cursor=x")),
         (404, ("GET", "/api/v1/nothing")),
@@ -142,7 +150,21 @@ async def test_a_thousand_requests_of_all_sorts_make_no_hop(api: Api, monkeypatc
         for _ in range(10):
             assert (await api("GET", "/api/v1/jobs", key="wrong"))[0] == 401
         assert (await api("POST", f"{path}/cancel"))[0] == 200
+        for _ in range(10):
+            await upload_in_two(api)
     assert counted == {}
+
+
+async def upload_in_two(api: Api) -> None:
+    """A file that arrives in two requests, and is deleted."""
+    tus = [(b"tus-resumable", b"1.0.0"), (b"content-type", b"application/offset+octet-stream")]
+    assert (await api("POST", "/api/v1/uploads", b"01234", headers=[*tus, (b"upload-length", b"10")]))[0] == 201
+    [upload] = await api.application.app.store.rows("SELECT id FROM files WHERE sha256 IS NULL AND expires_at > now()")
+    path = f"/api/v1/uploads/{upload['id']}"
+    assert (await api("HEAD", path, headers=tus))[0] == 200
+    assert (await api("PATCH", path, b"56789", headers=[*tus, (b"upload-offset", b"5")]))[0] == 204
+    assert (await api("GET", path.replace("uploads", "files") + "/content"))[1] == b"0123456789"
+    assert (await api("DELETE", path.replace("uploads", "files")))[0] == 204
 
 
 async def test_streams_make_no_hop(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,7 +88,10 @@ def test_what_is_missing_is_named_in_one_sentence_each() -> None:
         ("HEADWAY_DATABASE_URL", ""),
         ("HEADWAY_REDIS_URL", "localhost"),
         ("HEADWAY_REDIS_URL", "http://redis"),
-        ("HEADWAY_FILES_URL", "s3://bucket"),
+        ("HEADWAY_FILES_URL", "s3:///prefix"),
+        ("HEADWAY_FILES_URL", "gs://bucket"),
+        ("HEADWAY_QUOTA", "-1"),
+        ("HEADWAY_S3_ENDPOINT", "minio:9000"),
         ("HEADWAY_FILES_URL", "/var/files"),
     ],
 )

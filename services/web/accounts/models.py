@@ -22,6 +22,8 @@ class Tenant(models.Model):
     created_at = models.DateTimeField(db_default=Now(), editable=False)
     # Where a new room begins to count: no lower than any room that is gone, so that no seq comes twice under one name.
     rooms_seq = models.BigIntegerField(db_default=0, editable=False)
+    # Bytes of its files, and of its uploads as they were announced.
+    stored = models.BigIntegerField(db_default=0, editable=False)
 
     class Meta:
         db_table = "tenants"
@@ -267,18 +269,32 @@ class Message(models.Model):
 
 
 class File(models.Model):
-    """An uploaded file."""
+    """An uploaded file; without `sha256` an upload that is not whole yet, or one that was given up."""
 
     id = models.UUIDField(primary_key=True)
     tenant = models.ForeignKey(Tenant, models.PROTECT)
     name = models.TextField()
     content_type = models.TextField()
     size = models.BigIntegerField()
-    sha256 = models.CharField(max_length=64)
+    sha256 = models.CharField(max_length=64, null=True)
     created_at = models.DateTimeField(db_default=Now())
+    # When it is to go: a file that is kept no longer, an upload that got no more bytes.
+    expires_at = models.DateTimeField(null=True)
+    keep_until = models.DateTimeField(null=True)
+    received = models.BigIntegerField(db_default=0)
+    # `[[key, bytes], …]`; null is one object, as all files were once.
+    parts = models.JSONField(null=True)
+    metadata = models.TextField(db_default="")
+    # Whether nothing but its parts can be left in its folder.
+    tidied = models.BooleanField(db_default=True)
 
     class Meta:
         db_table = "files"
+        indexes: ClassVar = [
+            models.Index(fields=["tenant", "-id"], name="files_listing", condition=models.Q(sha256__isnull=False)),
+            models.Index(fields=["expires_at"], name="files_expiring", condition=models.Q(expires_at__isnull=False)),
+            models.Index(fields=["id"], name="files_untidy", condition=models.Q(tidied=False)),
+        ]
 
 
 class Kind(models.Model):

@@ -7,15 +7,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from headway.errors import BadRequest, TooLarge
+from headway.errors import BadRequest, TooLarge, TooSlow
+from headway.files import CutOff
 
 DEEPEST = 64
+# Seconds without a byte of a body that is streamed, after which nobody waits for more.
+STALLED = 60.0
 TOO_DEEP = f"The body is nested past {DEEPEST} levels."
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
 
-class Disconnected(Exception):
+class Disconnected(CutOff):
     """The client went away before its body was whole, or while it waited for an answer."""
 
 
@@ -30,9 +33,14 @@ class Body:
         self.read = False
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Every chunk once. Raises Disconnected if the client goes away first."""
+        """Every chunk once. Raises Disconnected if the client goes away first, TooSlow if it sends nothing for long."""
         while not self.read:
-            if chunk := await self._next():
+            try:
+                async with asyncio.timeout(STALLED):
+                    chunk = await self._next()
+            except TimeoutError:
+                raise TooSlow(f"No more of the body came for {STALLED:.0f} seconds; send it again.") from None
+            if chunk:
                 yield chunk
 
     async def _next(self) -> bytes:
@@ -44,7 +52,7 @@ class Body:
 
     async def discard(self, wait: float) -> None:
         """Read what is still to come and drop it, for `wait` seconds at most."""
-        with suppress(TimeoutError, Disconnected):
+        with suppress(TimeoutError, Disconnected, TooSlow):
             async with asyncio.timeout(wait):
                 async for _ in self.chunks():
                     pass

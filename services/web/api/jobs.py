@@ -183,7 +183,7 @@ async def list_jobs(request: ApiRequest, wanted: Query[Filter]) -> HttpResponse:
     request.only(Filter)
     jobs = await request.app.store.list_jobs(
         request.auth.tenant_id,
-        before=_before(wanted.cursor) if wanted.cursor else None,
+        before=id_before(wanted.cursor) if wanted.cursor else None,
         state=wanted.state,
         kind=wanted.kind,
         tag=wanted.tag,
@@ -194,7 +194,7 @@ async def list_jobs(request: ApiRequest, wanted: Query[Filter]) -> HttpResponse:
     return answer(
         {
             "jobs": [job.as_json() for job in page],
-            "next_cursor": _cursor(page[-1].id) if len(jobs) > len(page) else None,
+            "next_cursor": cursor_of(page[-1].id) if len(jobs) > len(page) else None,
         }
     )
 
@@ -244,7 +244,7 @@ async def bulk(request: ApiRequest, wanted: Bulk) -> HttpResponse:
     """
     request.only()
     app, tenant_id = request.app, request.auth.tenant_id
-    before = _before(wanted.cursor) if wanted.cursor else None
+    before = id_before(wanted.cursor) if wanted.cursor else None
     matched = changed = 0
     began = time.monotonic()
     more = True
@@ -260,7 +260,8 @@ async def bulk(request: ApiRequest, wanted: Bulk) -> HttpResponse:
         matched += len(jobs)
         more = len(jobs) == size
         before = jobs[-1].id if jobs else before
-    return answer({"matched": matched, "changed": changed, "next_cursor": _cursor(before) if more and before else None})
+    next_cursor = cursor_of(before) if more and before else None
+    return answer({"matched": matched, "changed": changed, "next_cursor": next_cursor})
 
 
 @router.get("/{uuid:job_id}/failures", summary="Why attempts of a job failed")
@@ -331,11 +332,13 @@ def idempotency_key(request: ApiRequest) -> str | None:
     return key
 
 
-def _cursor(job_id: UUID) -> str:
-    return base64.urlsafe_b64encode(job_id.bytes).decode().rstrip("=")
+def cursor_of(last: UUID) -> str:
+    """The cursor of the page after the one that ends with this id."""
+    return base64.urlsafe_b64encode(last.bytes).decode().rstrip("=")
 
 
-def _before(cursor: str) -> UUID:
+def id_before(cursor: str) -> UUID:
+    """The id before which the page of a cursor begins. Raises BadRequest."""
     try:
         return UUID(bytes=base64.urlsafe_b64decode(cursor + "=="))
     except ValueError:

@@ -44,8 +44,11 @@ class ApiRequest(ASGIRequest):
         if any("\0" in value for values in self.GET.lists() for value in values[1]):
             raise BadRequest("A parameter holds the character NUL, which nothing has; leave it out.")
 
-    async def load(self) -> None:
-        """Read the body into memory, where django-ninja looks for it. Raises TooLarge or Disconnected."""
+    def check(self) -> None:
+        """Raises BadRequest for a request that no view could read."""
         if not self.readable:
             raise BadRequest("The query string is not UTF-8; percent-encode it.")
+
+    async def load(self) -> None:
+        """Read the body into memory, where django-ninja looks for it. Raises TooLarge or Disconnected."""
         self._body = await self.incoming.whole(self.app.settings.max_body)
