@@ -132,6 +132,23 @@ def submit(
 
 
 @cli.command()
+@click.argument("path", metavar="FILE", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@json_option
+@click.pass_obj
+def upload(session: Session, path: Path, as_json: bool) -> None:
+    """Upload FILE and print its id, for the inputs of jobs. A broken connection is no matter if the file is large."""
+
+    async def work(client: "Client") -> int:
+        session.left = "Stopped; nothing was uploaded."
+        with view() as shown:
+            file = await client.upload(path, on_progress=shown.meter(f"uploading {path.name}"))
+        click.echo(text.as_json(file) if as_json else text.inert(file["id"]))
+        return 0
+
+    session.run(work)
+
+
+@cli.command()
 @job_argument
 @json_option
 @click.pass_obj

@@ -19,7 +19,7 @@ from uuid import UUID, uuid4
 
 import httpx
 
-from headway.client import credentials
+from headway.client import credentials, uploads
 from headway.client.errors import BY_STATUS, ApiError, ClientError, ConnectionFailed, Unavailable
 from headway.client.follow import follow
 from headway.client.live import Live
@@ -29,6 +29,8 @@ TRIES = 4
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 10.0
 CHUNK = 1 << 20
+# Files of this size and more are uploaded so that they can go on after a broken connection.
+RESUMED = 8 << 20
 PAGE = 100
 SHA256 = re.compile(r'"([0-9a-f]{64})"')
 
@@ -167,22 +169,35 @@ class Client:
     ) -> Json:
         """Upload a local file, whatever its size; its `id` is what the input of a kind takes.
 
+        One of 8 MiB or more goes on after a broken connection, and is given up when no byte arrives for five minutes.
         `on_progress(done, total)` is called in bytes; `total` is None for what has no size, such as a pipe.
         """
         path = Path(path)
         with await asyncio.to_thread(path.open, "rb") as file:
             status = os.fstat(file.fileno())
             size = status.st_size if stat.S_ISREG(status.st_mode) else None
-            headers = {"Content-Type": content_type or _guess(path)}
+            name = path.name.encode(errors="replace").decode()
+            content_type = content_type or _guess(path)
+            if size is not None and size >= RESUMED:
+                return await self._upload_resumably(uploads.Source(file, size, on_progress), name, content_type)
+            headers = {"Content-Type": content_type}
             if size is not None:
                 headers["Content-Length"] = str(size)
             return await self._json(
                 "POST",
                 "/files",
-                params={"name": path.name.encode(errors="replace").decode()},
+                params={"name": name},
                 headers=headers,
                 content=_chunks(file, size, on_progress),
             )
+
+    async def _upload_resumably(self, source: uploads.Source, name: str, content_type: str) -> Json:
+        file = await self._json(
+            "GET", f"/files/{await uploads.upload(self, source, name=name, content_type=content_type)}"
+        )
+        if file["sha256"] != source.sha256:
+            raise ClientError(f"{name} was damaged on its way, or changed while it was read; upload it again.")
+        return file
 
     async def artifacts(self, job_id: JobId) -> Sequence[Json]:
         """Name, content type, size and SHA-256 of each file that the job made."""
@@ -192,7 +207,7 @@ class Client:
         self, job_id: JobId, name: str, *, on_progress: OnProgress | None = None
     ) -> AsyncGenerator[bytes, None]:
         """The bytes of an artifact as they arrive. Raises ClientError at the end if they are not what was kept."""
-        response = await self._send(
+        response = await self.send(
             "GET",
             f"/jobs/{_part(job_id)}/artifacts/{_part(name)}",
             headers={"Accept-Encoding": "identity"},
@@ -309,15 +324,16 @@ class Client:
 
     async def _json(self, method: str, path: str, *, repeatable: bool | None = None, **request: Any) -> Json:
         repeatable = method == "GET" if repeatable is None else repeatable
-        response = await self._send(method, path, repeatable=repeatable, **request)
+        response = await self.send(method, path, repeatable=repeatable, **request)
         try:
             return response.json()  # type: ignore[no-any-return]
         except ValueError:
             raise ConnectionFailed(f"{self.url} does not answer as Headway does; is the URL right?") from None
 
-    async def _send(
+    async def send(
         self, method: str, path: str, *, repeatable: bool, stream: bool = False, **request: Any
     ) -> httpx.Response:
+        """An answer of the API that is a success. `request` is what httpx takes; `repeatable` tries four times."""
         tries, pause = TRIES if repeatable else 1, FIRST_PAUSE
         while True:
             tries -= 1

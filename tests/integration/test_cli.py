@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from pydantic import BaseModel
@@ -277,6 +277,16 @@ async def test_refusals_have_a_code_and_a_sentence(headway: Shell) -> None:
         assert ran.out == ""
         assert ran.err.startswith("Error: ")
         assert said in ran.err
+
+
+async def test_a_file_is_uploaded_for_jobs_to_come(headway: Shell) -> None:
+    (headway.folder / "in.bin").write_bytes(os.urandom(9 << 20))
+    printed, ran = await asyncio.gather(headway("upload", "in.bin", "--json"), headway("upload", "in.bin"))
+    file = json.loads(printed.out)
+    assert (ran.code, printed.code) == (0, 0), ran
+    assert (file["name"], file["size"]) == ("in.bin", 9 << 20)
+    UUID(ran.out.strip())
+    assert (await headway("upload", "absent.bin")).code == 2
 
 
 async def test_a_file_goes_up_and_its_artifact_comes_down(headway: Shell) -> None:

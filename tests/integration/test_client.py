@@ -2,22 +2,26 @@
 
 import asyncio
 import hashlib
+import itertools
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
 from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from headway import JobContext, kind
-from headway.client import Client, InvalidRequest, NotFound, Unauthenticated, live
+from headway.client import Client, ClientError, InvalidRequest, NotFound, Unauthenticated, live
 from headway.client import http as client_http
 from headway.settings import Settings
 from tests.conftest import Service, Tenant, web, worker
+from tests.faults.proxy import Proxy
 from tests.line_kinds import write_lines  # noqa: F401
 
 
@@ -103,6 +107,55 @@ async def test_files_go_up_and_come_down_whole(service: Service, tmp_path: Path)
     assert list((tmp_path / "out").iterdir()) == [path]
     assert sent[-1] == received[-1] == (len(content), len(content))
     assert len(sent) == 3
+
+
+async def test_a_large_upload_goes_on_after_broken_connections(service: Service, tmp_path: Path) -> None:
+    content = os.urandom(24 << 20)
+    (tmp_path / "large.bin").write_bytes(content)
+    sent: list[int] = []
+    async with (
+        Proxy(int(service.url.rpartition(":")[2])) as proxy,
+        Client(f"http://127.0.0.1:{proxy.port}", service.api_key) as client,
+    ):
+        breaks = [6 << 20, 13 << 20, 20 << 20]
+
+        def progress(done: int, total: int | None) -> None:
+            sent.append(done)
+            if breaks and done >= breaks[0]:
+                breaks.pop(0)
+                proxy.reset()
+
+        file = await client.upload(tmp_path / "large.bin", on_progress=progress)
+
+    assert breaks == []
+    assert file["sha256"] == hashlib.sha256(content).hexdigest()
+    assert (file["name"], file["size"]) == ("large.bin", len(content))
+    resumed = [after for before, after in itertools.pairwise(sent) if after <= before]
+    assert len(resumed) == 3
+    assert resumed[-1] > 8 << 20, "what had arrived was sent again"
+
+
+async def test_a_large_file_that_changes_while_it_is_read_is_refused(service: Service, tmp_path: Path) -> None:
+    path = tmp_path / "large.bin"
+    path.write_bytes(bytes(10 << 20))
+
+    def truncate(done: int, total: int | None) -> None:
+        os.truncate(path, 5 << 20)
+
+    with pytest.raises(ClientError, match="became shorter"):
+        await service.client.upload(path, on_progress=truncate)
+    assert (await service.http.get("/api/v1/files")).json()["files"] == []
+
+
+async def test_an_upload_that_is_stopped_leaves_no_room_taken(
+    service: Service, tmp_path: Path, database: asyncpg.Connection
+) -> None:
+    path = tmp_path / "large.bin"
+    path.write_bytes(bytes(10 << 20))
+    uploading = asyncio.create_task(service.client.upload(path, on_progress=lambda *_: uploading.cancel()))
+    with pytest.raises(asyncio.CancelledError):
+        await uploading
+    assert await database.fetchval("SELECT stored FROM tenants") == 0
 
 
 async def test_a_download_that_fails_leaves_nothing(service: Service, tmp_path: Path) -> None:
