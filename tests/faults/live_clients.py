@@ -67,6 +67,7 @@ class Follower:
         self.received: Received = scene.checker.client(name, tenant)
         self.random = random
         self.headers = {"Authorization": f"Bearer {scene.keys[tenant]}"}
+        self._seconds = seconds
         self._moments = sorted(random.uniform(0, seconds) for _ in range(reconnects))
         self._connected = asyncio.Event()
         self._reading = asyncio.Event()
@@ -135,8 +136,9 @@ class Follower:
             how = self.random.choice(("close", "reset", "freeze"))
             if how == "freeze":
                 self._reading.clear()
-                # Seldom so long that the server notices.
-                await asyncio.sleep(self.random.uniform(0.2, 3) if self.random.random() < 0.98 else 13)
+                # Seldom, and only where there is time for it, so long that the server notices.
+                long = self._seconds > 60 and self.random.random() < 0.02
+                await asyncio.sleep(13 if long else self.random.uniform(0.2, 3))
             self._connected.clear()
             self._break(how != "close")
             self._reading.set()
