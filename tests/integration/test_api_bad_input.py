@@ -178,7 +178,7 @@ async def test_a_query_that_is_not_understood_is_refused(http: httpx.AsyncClient
         (f"{JOBS}?cursor=%00", 400, "bad-request"),
         (f"{JOBS}?cursor=%F0%9F%92%A9", 400, "bad-request"),
         (f"{JOBS}?cursor=" + "A" * 101, 422, "invalid-request"),
-        (f"{JOBS}/{job}?wait=5", 422, "invalid-request"),
+        (f"{JOBS}/{job}?waits=5", 422, "invalid-request"),
         (f"{JOBS}/{job}/artifacts?x=", 422, "invalid-request"),
         ("/api/v1/kinds?x=1", 422, "invalid-request"),
         ("/api/v1/kinds/demo.countdown?x=1", 422, "invalid-request"),
@@ -212,7 +212,7 @@ async def test_paths_and_methods_that_do_not_exist(http: httpx.AsyncClient) -> N
         ("DELETE", JOBS, "GET, HEAD, POST"),
         ("PUT", f"{JOBS}/00000000-0000-0000-0000-000000000000", "GET, HEAD"),
         ("OPTIONS", "/api/v1/kinds", "GET, HEAD"),
-        ("GET", "/api/v1/files", "POST"),
+        ("GET", "/api/v1/query", "POST"),
         ("GET", f"{JOBS}/00000000-0000-0000-0000-000000000000/cancel", "POST"),
     ):
         answer = await http.request(method, path)

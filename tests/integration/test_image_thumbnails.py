@@ -36,7 +36,7 @@ from tests.engine import Engine, worker
 from tests.engine import engine as make_engine
 from tests.faults.conftest import Spawner
 from tests.images import COLOURS, FORMATS, alike, corners, encoded, opened, quarters, zipped
-from tests.integration.test_process_kinds import lives, upload
+from tests.integration.test_process_kinds import lives
 
 BOXES = {"boxes": [(100, 100)], "cell": (30, 30), "format": "jpeg", "quality": 80}
 PHOTO = encoded(quarters(), "JPEG")
@@ -59,7 +59,7 @@ async def artifacts(engine: Engine, job: Job) -> list[str]:
 
 async def made(engine: Engine, files: Sequence[bytes], **input: Any) -> Job:
     """The job of these files, once it has ended."""
-    ids = [str(await upload(engine, data)) for data in files]
+    ids = [str((await engine.upload(data)).id) for data in files]
     async with worker(engine.settings):
         job_id = await engine.submit_kind("image.thumbnails", {"file": ids, **input})
         return await engine.ended(job_id, 30)
@@ -75,7 +75,7 @@ async def context(engine: Engine) -> Context:
 
 async def found(engine: Engine, *files: bytes) -> list[Picture]:
     job = await context(engine)
-    return await find(job, [await upload(engine, data) for data in files])
+    return await find(job, [(await engine.upload(data)).id for data in files])
 
 
 async def test_images_are_found_in_files_and_zips_and_read_as_they_are(engine: Engine) -> None:
@@ -550,7 +550,7 @@ async def reported(engine: Engine, job_id: UUID, done: int) -> None:
 
 @pytest.mark.timeout(120)
 async def test_a_job_that_is_drained_goes_on_and_makes_the_same_to_the_byte(engine: Engine) -> None:
-    file = str(await upload(engine, album(40)))
+    file = str((await engine.upload(album(40))).id)
     async with worker(engine.settings):
         whole = await engine.ended(
             await engine.submit_kind("image.thumbnails", {"file": file, **SLOW}, timeout=300), 60
@@ -571,7 +571,7 @@ async def test_a_job_that_is_drained_goes_on_and_makes_the_same_to_the_byte(engi
 
 @pytest.mark.timeout(120)
 async def test_a_job_whose_worker_is_killed_goes_on_from_what_was_saved(engine: Engine, tmp_path: Path) -> None:
-    file = str(await upload(engine, album(100)))
+    file = str((await engine.upload(album(100))).id)
     spawner = Spawner(engine, tmp_path)
     try:
         process = await spawner(lease=3.0)
@@ -602,7 +602,7 @@ async def test_a_job_whose_worker_is_killed_goes_on_from_what_was_saved(engine: 
 
 
 async def test_a_cancel_ends_the_job_and_all_its_processes_at_once(engine: Engine) -> None:
-    file = str(await upload(engine, album(300)))
+    file = str((await engine.upload(album(300))).id)
     async with worker(engine.settings):
         job_id = await engine.submit_kind("image.thumbnails", {"file": file, **SLOW}, timeout=300)
         await reported(engine, job_id, 5)

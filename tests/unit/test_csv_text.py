@@ -23,7 +23,7 @@ class InMemory:
     """An uploaded file whose bytes are here."""
 
     def __init__(self, data: bytes, step: int = 1 << 20) -> None:
-        self.file = File(uuid4(), uuid4(), "a.csv", "text/csv", len(data), "", datetime.now(UTC))
+        self.file = File(uuid4(), uuid4(), "a.csv", "text/csv", len(data), "", datetime.now(UTC), None)
         self._data = data
         self._step = step
 
