@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -276,11 +277,11 @@ async def test_what_is_more_than_there_are_slots_goes_back_to_the_queue(
 
 async def test_a_worker_waits_for_a_database_that_is_away_and_then_works(engine: Engine) -> None:
     async with behind_proxy(engine.settings) as (proxy, settings):
-        there, proxy._target = proxy._target, ("127.0.0.1", 1)
+        there, proxy._targets = proxy._targets, deque([("127.0.0.1", 1)])
         opening = asyncio.create_task(App.open(settings))
         with capture_logs() as logs:
             await until(lambda: [line for line in logs if line["event"] == "waiting for the database"])
-        proxy._target = there
+        proxy._targets = there
         app = await opening
         await app.close()
 

@@ -42,7 +42,9 @@ class Plain:
 
     @classmethod
     def of(cls, type: str, **fields: Any) -> "Plain":
-        return cls(type, encode({"t": type, **fields}))
+        """`t` first, then the fields as they stand here."""
+        rest = "".join(f',"{name}":{encode(value)}' for name, value in fields.items())
+        return cls(type, f'{{"t":"{type}"{rest}}}')
 
     @classmethod
     def bare(cls, type: str, value: Any) -> "Plain":
