@@ -21,6 +21,8 @@ from tests.faults.live_sockets import BareSocket
 # More bytes than the kernel keeps for a reader, and more lines than may wait for one.
 LINES, LINE = 700, "é" * 1900
 FEW = 100
+# Lines that the listener may be behind; a client may have 256 waiting.
+IN_TIME = 100
 # Of each sort. With the others these are as many connections as a key may have.
 EACH = 3
 # Seconds that a client may not read, and what it takes to notice.
@@ -41,8 +43,9 @@ async def test_readers_that_do_not_keep_up_are_let_go_and_others_get_all(engine:
         for size in (1024, 1 << 16)
     ]
     checker = Checker()
+    heard: list[str] = []
     listeners = [
-        asyncio.create_task(_listen(port, key, loud.job_id, checker.client("listener", "default"))),
+        asyncio.create_task(_listen(port, key, loud.job_id, checker.client("listener", "default"), heard)),
         asyncio.create_task(
             asyncio.to_thread(_read_byte_by_byte, port, key, quiet.job_id, checker.client("byte by byte", "default"))
         ),
@@ -58,6 +61,8 @@ async def test_readers_that_do_not_keep_up_are_let_go_and_others_get_all(engine:
             if number < FEW:
                 await engine.lifecycle.log(quiet, "a line", "info")
             most = max(most, _memory(web))
+            # The listener is to keep up, however busy the machine is.
+            await until(lambda number=number: number - len(heard) < IN_TIME)
         flooded = time.monotonic()
         for claim in (loud, quiet):
             await engine.lifecycle.finish(Ending(claim, JobState.SUCCEEDED))
@@ -93,12 +98,13 @@ def _memory(web: WorkerProcess) -> int:
     return int(Path(f"/proc/{web.process.pid}/statm").read_text().split()[1]) * 4096
 
 
-async def _listen(port: int, key: str, job_id: UUID, client: Received) -> None:
-    """Follow the job to its end."""
+async def _listen(port: int, key: str, job_id: UUID, client: Received, heard: list[str]) -> None:
+    """Follow the job to its end; `heard` is what came."""
     headers = {"Authorization": f"Bearer {key}"}
     async with connect(f"ws://127.0.0.1:{port}/ws/jobs/{job_id}", additional_headers=headers, proxy=None) as ws:
         client.connected()
         async for text in ws:
+            heard.append(str(text))
             for frame, content in contents(str(text)):
                 client.take(frame, content)
 
