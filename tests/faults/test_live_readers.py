@@ -21,8 +21,8 @@ from tests.faults.live_sockets import BareSocket
 # More bytes than the kernel keeps for a reader, and more lines than may wait for one.
 LINES, LINE = 700, "é" * 1900
 FEW = 100
-# Lines that the listener may be behind; a client may have 256 waiting.
-IN_TIME = 100
+# Lines that the listener may be behind: less than the MiB that may wait for a client.
+IN_TIME = 30
 # Of each sort. With the others these are as many connections as a key may have.
 EACH = 3
 # Seconds that a client may not read, and what it takes to notice.

@@ -115,7 +115,11 @@ async def test_an_upload_that_breaks_off_leaves_nothing(
         writer.close()
         await writer.wait_closed()
         await until(lambda: not kept(settings))
-    assert await database.fetchval("SELECT count(*) FROM files") == 0
+
+    async def forgotten() -> bool:
+        return bool(await database.fetchval("SELECT count(*) = 0 FROM files"))
+
+    await until(forgotten)
 
 
 def digests(data: bytes, *, older: bool = False) -> dict[str, str]:

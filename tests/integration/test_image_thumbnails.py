@@ -90,7 +90,7 @@ async def test_images_are_found_in_files_and_zips_and_read_as_they_are(engine: E
     )
 
     # What comes before a zip makes it another file than a zip.
-    assert [picture.name for picture in pictures] == ["in.bin", *members, "in.bin", "in.bin"]
+    assert [picture.name for picture in pictures] == ["in.csv", *members, "in.csv", "in.csv"]
     read_back = [data async for _, data in read(pictures)]
     assert read_back[:-1] == [PHOTO, *members.values(), b""]
     some = [pictures[place] for place in (3, 9, 18)]
