@@ -37,6 +37,6 @@ class Sweeper:
                     log.info("files were deleted", files=deleted)
             except OUTAGES as error:
                 log.warning("not all that is old was deleted; the next sweep follows", error=repr(error))
-            except (OSError, NoStorage):
+            except NoStorage:
                 metrics.errors_caught.labels("files").inc()
                 log.exception("not all files were deleted; the next sweep tries again")
