@@ -190,6 +190,11 @@ async def service(settings: Settings, redis: Redis, tenant: Tenant) -> AsyncIter
         yield Service(url, tenant.api_key, tenant, settings, http, client)
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Every file, however deep. Unlike `rglob`, it puts up with folders that a worker deletes meanwhile."""
+    return [Path(base, name) for base, _, names in os.walk(folder) for name in names]
+
+
 async def until(condition: Callable[[], Any], deadline: float = 10.0) -> Any:
     """The first true value of `condition` (or of what it awaits), looked at often. Fails after `deadline` seconds."""
     async with asyncio.timeout(deadline):

@@ -149,7 +149,7 @@ class Runner:
         if not task.done():
             log.error("a handler does not end though it was cancelled; it is left behind", reason=attempt.reason)
             self._left_behind.add(task)
-            task.add_done_callback(self._left_behind.discard)
+            task.add_done_callback(self._came_late)
             return _interrupted(attempt.reason, claim)
         error = asyncio.CancelledError() if task.cancelled() else innermost(task.exception())
         if isinstance(error, LeaseLost):
@@ -164,6 +164,11 @@ class Runner:
             return Outcome(JobState.FAILED, error=error)
         log.error("a handler failed", exc_info=error)
         return Outcome(JobState.FAILED, error=as_job_error(error))
+
+    def _came_late(self, task: asyncio.Task[Any]) -> None:
+        self._left_behind.discard(task)
+        error = None if task.cancelled() else task.exception()
+        log.info("a handler that was left behind has ended", error=error and repr(error))
 
     async def _handle(self, claim: Claim, context: Context) -> Any:
         """The handler's result as JSON values."""

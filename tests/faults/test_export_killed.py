@@ -13,7 +13,7 @@ import pytest
 from headway.embedded import Embedded
 from headway.settings import Source
 from headway.states import JobState
-from tests.conftest import until
+from tests.conftest import files_below, until
 from tests.engine import Engine, worker
 from tests.engine import engine as make_engine
 from tests.faults.conftest import Spawner
@@ -78,7 +78,7 @@ async def test_an_export_that_is_killed_starts_over_and_is_whole(
     [artifact] = await engine.store.artifacts(job.id, engine.tenant.id)
     lines = b"".join([chunk async for chunk in engine.files.read(artifact.key)]).split(b"\r\n")
     assert [int(line.partition(b",")[0]) for line in lines[1:-1]] == list(range(1, 200_001))
-    kept = [path for path in (engine.settings.home / "files").rglob("*") if path.is_file()]
+    kept = files_below(engine.settings.home / "files")
     assert len(kept) == 1
 
 

@@ -1,6 +1,5 @@
 """What becomes of files when the disk takes no more of them."""
 
-import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from headway.states import JobState
-from tests.conftest import until
+from tests.conftest import files_below, until
 from tests.engine import Engine
 from tests.faults.conftest import Spawner, WorkerProcess
 
@@ -33,9 +32,7 @@ def full(process: WorkerProcess) -> Iterator[None]:
 
 def kept(engine: Engine) -> list[Path]:
     """Every file below the folder of files and artifacts."""
-    # Unlike rglob, walk puts up with folders that the worker deletes meanwhile.
-    found = os.walk(engine.settings.home / "files")
-    return [Path(folder, name) for folder, _, names in found for name in names]
+    return files_below(engine.settings.home / "files")
 
 
 async def test_an_artifact_that_the_disk_does_not_take_fails_its_attempt_alone(engine: Engine, spawn: Spawner) -> None:

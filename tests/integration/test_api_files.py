@@ -15,7 +15,7 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from headway.settings import Settings
-from tests.conftest import Tenant, make_tenant, until
+from tests.conftest import Tenant, files_below, make_tenant, until
 from tests.integration.test_api_bad_input import refused
 from tests.integration.test_api_jobs import idle
 
@@ -32,7 +32,7 @@ async def http(settings: Settings, tenant: Tenant) -> AsyncIterator[httpx.AsyncC
 
 def kept(settings: Settings) -> list[Path]:
     """Every file in storage, also what is only half-written."""
-    return [path for path in (settings.home / "files").rglob("*") if path.is_file()]
+    return files_below(settings.home / "files")
 
 
 async def pieces(data: bytes, size: int = 50_000) -> AsyncIterator[bytes]:

@@ -21,7 +21,7 @@ from headway.job import Claim, Ending
 from headway.settings import Source
 from headway.states import JobState
 from services.worker.context import Context, Parts
-from tests.conftest import make_tenant, until
+from tests.conftest import files_below, make_tenant, until
 from tests.engine import Engine, behind_proxy, parts, worker
 from tests.engine import engine as make_engine
 
@@ -490,6 +490,6 @@ async def test_an_artifact_that_went_wrong_leaves_nothing_and_its_name_is_free(e
         await out.write(b"good")
 
     [artifact] = job.artifacts
-    kept = [path for path in (engine.settings.home / "files").rglob("*") if path.is_file()]
+    kept = files_below(engine.settings.home / "files")
     assert [path.read_bytes() for path in kept] == [b"good"]
     assert artifact.size == 4

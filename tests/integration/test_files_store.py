@@ -15,6 +15,7 @@ from uuid_utils.compat import uuid7
 
 from headway.errors import InvalidSettings, NotFound, TooLarge
 from headway.files import CHUNK, Files, artifact_key, part_key
+from tests.conftest import files_below
 
 LIMIT = 64 << 20
 
@@ -27,7 +28,7 @@ def files(tmp_path: Path) -> Files:
 @pytest.fixture
 def kept(tmp_path: Path) -> Callable[[], list[Path]]:
     """What lies in the folder, unfinished files included."""
-    return lambda: [path for path in (tmp_path / "a folder").rglob("*") if path.is_file()]
+    return lambda: files_below(tmp_path / "a folder")
 
 
 async def stream(chunks: Sequence[bytes]) -> AsyncIterator[bytes]:

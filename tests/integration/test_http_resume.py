@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import random
 import shutil
 from collections import Counter
@@ -27,7 +26,7 @@ from services.worker.kinds.http_fetch import FetchInput, fetch
 from services.worker.kinds.http_turns import Turns
 from services.worker.kinds.saved import MOST_PARTS, Saved
 from services.worker.runner import Attempt
-from tests.conftest import until
+from tests.conftest import files_below, until
 from tests.engine import Engine, worker
 from tests.engine import engine as make_engine
 
@@ -113,8 +112,7 @@ async def whole(engine: Engine, job_id: UUID, urls: list[str]) -> Job:
     folder = engine.settings.home / "files"
 
     def left() -> list[str]:
-        # Not by rglob, which fails on a folder that goes while it looks.
-        return [str(Path(base, name).relative_to(folder)) for base, _, names in os.walk(folder) for name in names]
+        return [str(path.relative_to(folder)) for path in files_below(folder)]
 
     # The job is seen to have ended a moment before its parts are deleted.
     await until(lambda: left() == [artifact.key])

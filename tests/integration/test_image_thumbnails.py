@@ -31,7 +31,7 @@ from services.worker.kinds.image_files import Picture, find, names, read
 from services.worker.kinds.image_pool import Pool, room
 from services.worker.kinds.image_sheet import Sheet
 from services.worker.runner import Attempt
-from tests.conftest import Service, run, until
+from tests.conftest import Service, files_below, run, until
 from tests.engine import Engine, worker
 from tests.engine import engine as make_engine
 from tests.faults.conftest import Spawner
@@ -614,6 +614,4 @@ async def test_a_cancel_ends_the_job_and_all_its_processes_at_once(engine: Engin
         assert time.monotonic() - began < 2
         assert job.state == JobState.CANCELLED
         assert not any(map(lives, running))
-        await until(
-            lambda: not [path for path in (engine.settings.home / "files").rglob("artifacts/**/*") if path.is_file()]
-        )
+        await until(lambda: not files_below(engine.settings.home / "files" / "artifacts"))

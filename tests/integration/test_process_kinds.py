@@ -20,7 +20,7 @@ from headway.job import Job
 from headway.settings import Source
 from headway.states import JobState
 from services.worker import process, runner
-from tests.conftest import until
+from tests.conftest import files_below, until
 from tests.engine import Engine, worker
 from tests.engine import engine as make_engine
 from tests.faults.conftest import Spawner
@@ -225,7 +225,7 @@ async def test_a_child_that_is_cancelled_knows_why_and_may_clean_up(engine: Engi
     assert job.state == JobState.CANCELLED
     assert await logged(engine, job_id) == ["cleaned up: cancelled"]
     assert not lives(pid)
-    await until(lambda: not [path for path in (engine.settings.home / "files").rglob("*") if path.is_file()])
+    await until(lambda: not files_below(engine.settings.home / "files"))
 
 
 async def test_a_child_that_blocks_may_listen_to_sigterm(engine: Engine) -> None:

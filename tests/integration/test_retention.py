@@ -12,7 +12,7 @@ from headway.embedded import Embedded
 from headway.job import Ending
 from headway.retention import DELETED_AT_ONCE, Retention
 from headway.states import JobState
-from tests.conftest import make_tenant
+from tests.conftest import files_below, make_tenant
 from tests.engine import Engine, worker
 from tests.engine import engine as make_engine
 
@@ -78,7 +78,7 @@ async def test_the_bytes_go_with_the_job_those_of_a_killed_attempt_too(engine: E
     stray.write_bytes(b"of an attempt whose worker died")
     await engine.database.execute("UPDATE jobs SET finished_at = now() - interval '20 days' WHERE id = $1", gone)
     assert await retention(engine).sweep() == 1
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = files_below(folder)
     assert len(files) == 1
     assert str(kept) in str(files[0])
 

@@ -14,7 +14,7 @@ from headway.embedded import Embedded
 from headway.job import Job
 from headway.states import JobState
 from services.worker import runner
-from tests.conftest import until
+from tests.conftest import files_below, until
 from tests.engine import Engine, counted, worker
 from tests.engine import engine as make_engine
 
@@ -64,7 +64,7 @@ async def artifacts(engine: Engine, job: Job) -> list[str]:
 
 
 def bytes_kept(engine: Engine) -> list[Path]:
-    return [path for path in (engine.settings.home / "files").rglob("*") if path.is_file()]
+    return files_below(engine.settings.home / "files")
 
 
 # -- success -------------------------------------------------------------------------------------------------------

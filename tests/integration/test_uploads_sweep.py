@@ -15,7 +15,7 @@ from headway.embedded import Embedded
 from headway.errors import Conflict, NoStorage, NotFound
 from headway.job import File, Upload
 from headway.store import OUTAGES
-from tests.conftest import make_tenant
+from tests.conftest import files_below, make_tenant
 from tests.engine import Engine, behind_proxy, parts
 from tests.engine import engine as make_engine
 
@@ -44,7 +44,7 @@ async def expire(engine: Engine, what: File | Upload) -> None:
 def kept(engine: Engine) -> set[str]:
     """Every file in storage, by its key."""
     top = engine.settings.home / "files"
-    return {path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file()}
+    return {path.relative_to(top).as_posix() for path in files_below(top)}
 
 
 def keys(*files: File | Upload) -> set[str]:

@@ -22,7 +22,7 @@ from headway.states import JobState
 from services.worker import runner
 from services.worker import worker as worker_module
 from services.worker.app import App
-from tests.conftest import until
+from tests.conftest import files_below, until
 from tests.engine import Engine, behind_proxy, counted, parts, worker
 from tests.engine import engine as make_engine
 from tests.faults.proxy import Proxy
@@ -338,7 +338,7 @@ async def test_artifacts_of_a_drained_attempt_are_gone(engine: Engine) -> None:
         await engine.submit(handler)
         await started.wait()
 
-    assert [path for path in (engine.settings.home / "files").rglob("*") if path.is_file()] == []
+    assert files_below(engine.settings.home / "files") == []
 
 
 async def test_a_job_that_is_to_be_cancelled_is_cancelled_by_a_drain(engine: Engine) -> None:
