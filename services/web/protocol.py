@@ -1,6 +1,8 @@
 """uvicorn's protocols, with the bounds that they lack."""
 
 import json
+import struct
+from functools import lru_cache
 from typing import Any
 
 from uuid_utils import uuid7
@@ -66,8 +68,25 @@ class WebSocket(WebSocketsSansIOProtocol):
     """Drops peers that do not read. uvicorn waits until they have read what was sent, which they may never do."""
 
     async def run_asgi(self) -> None:
-        self.scope["headway.abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+        self.scope["headway.socket"] = self  # type: ignore[typeddict-unknown-key]
         await super().run_asgi()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the peer takes what is written without a wait."""
+        return (
+            self.handshake_complete
+            and self.writable.is_set()
+            and not (self.close_sent or self.disconnected or self.transport.is_closing())
+        )
+
+    def write(self, text: str) -> None:
+        """Send text while `ready`: what `send` does, without an event for it and without framing it again."""
+        self.transport.write(frame(text))
+
+    def abort(self) -> None:
+        """Drop the connection, whatever still waits to be read."""
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -116,3 +135,15 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def _abort_after(self, seconds: float) -> None:
         self.loop.call_later(seconds, self.transport.abort)
+
+
+@lru_cache(maxsize=1)
+def frame(text: str) -> bytes:
+    """A text frame of RFC 6455, which is the same for all peers: a server masks nothing."""
+    payload = text.encode()
+    size = len(payload)
+    if size < 126:
+        return struct.pack("!BB", 0x81, size) + payload
+    if size < 1 << 16:
+        return struct.pack("!BBH", 0x81, 126, size) + payload
+    return struct.pack("!BBQ", 0x81, 127, size) + payload

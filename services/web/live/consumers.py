@@ -32,6 +32,7 @@ from services.web.live.session import (
     Session,
 )
 from services.web.live.visits import RoomSession
+from services.web.protocol import WebSocket
 
 SEQ = re.compile(r"[0-9]{1,15}", re.ASCII)
 # What refuses a client that connects, and the code that its socket is closed with.
@@ -57,12 +58,14 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.session: Session | None = None
+        self._socket: WebSocket | None = None
 
     async def dispatch(self, message: dict[str, Any]) -> None:
         """As Channels does, without its visit to a thread to close ORM connections: there are none here."""
         await getattr(self, message["type"].replace(".", "_"))(message)
 
     async def websocket_connect(self, message: dict[str, Any]) -> None:
+        self._socket = self.scope.get("headway.socket")
         await self.accept(PROTOCOL if PROTOCOL in self.scope["subprotocols"] else None)
         metrics.ws_connections.inc()
         sessions = self.app.sessions
@@ -101,11 +104,17 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
 
     # Transport
 
+    @property
+    def ready(self) -> bool:
+        """Only our own protocol of uvicorn tells; elsewhere every line is waited for."""
+        return self._socket is not None and self._socket.ready
+
+    def send_now(self, lines: Sequence[Line]) -> None:
+        assert self._socket is not None
+        self._socket.write(_frame(lines))
+
     async def send(self, lines: Sequence[Line]) -> None:
-        for line in lines:
-            metrics.ws_frames.labels(line.type).inc()
-        text = lines[0].text() if len(lines) == 1 else f"[{','.join([line.text() for line in lines])}]"
-        await self.base_send({"type": "websocket.send", "text": text})
+        await self.base_send({"type": "websocket.send", "text": _frame(lines)})
 
     async def accept(self, subprotocol: str | None = None, headers: Any = None) -> None:
         await self.base_send({"type": "websocket.accept", "subprotocol": subprotocol})
@@ -115,8 +124,14 @@ class LiveConsumer(AsyncWebsocketConsumer):  # type: ignore[misc]
 
     def abort(self) -> None:
         """Only our own protocol of uvicorn can; elsewhere the server drops a peer when it sees fit."""
-        if (abort := self.scope.get("headway.abort")) is not None:
-            abort()
+        if self._socket is not None:
+            self._socket.abort()
+
+
+def _frame(lines: Sequence[Line]) -> str:
+    for line in lines:
+        metrics.series(metrics.ws_frames, line.type).inc()
+    return lines[0].text() if len(lines) == 1 else f"[{','.join([line.text() for line in lines])}]"
 
 
 class JobsConsumer(LiveConsumer):

@@ -91,6 +91,12 @@ class EventStream(HttpResponseBase):
 
     # Transport
 
+    ready = False
+
+    def send_now(self, lines: Sequence[Line]) -> None:
+        """An answer is always waited for."""
+        raise NotImplementedError
+
     async def send(self, lines: Sequence[Line]) -> None:
         if self._send is None:
             # The process is told to stop before the answer has begun, which then ends at once.

@@ -1,4 +1,7 @@
-"""The writer of a session: lines wait here in order, bounded, until one task has sent them."""
+"""The writer of a session: lines wait here in order, bounded, until they are sent.
+
+A client that keeps up is written to as the loop turns; a task waits for one that does not.
+"""
 
 import asyncio
 from collections import deque
@@ -34,6 +37,13 @@ class Transport(Protocol):
     # Whether several lines may be sent at once.
     batch: bool
 
+    @property
+    def ready(self) -> bool:
+        """Whether the client takes what is sent without a wait, so that `send_now` will do."""
+
+    def send_now(self, lines: Sequence[Line]) -> None:
+        """Only while `ready`."""
+
     async def send(self, lines: Sequence[Line]) -> None:
         """Waits while the client does not read. Raises OSError once it has gone."""
 
@@ -45,17 +55,18 @@ class Transport(Protocol):
 
 
 class Writer:
-    """Sends lines in the order in which they were put in, from a task that lives only while there are any."""
+    """Sends lines in the order in which they were put in."""
 
     __slots__ = (
         "_bytes",
         "_ending",
         "_flushed",
+        "_handle",
         "_lines",
         "_room",
         "_slow",
+        "_soon",
         "_task",
-        "_timer",
         "_transport",
         "_waiting",
         "since",
@@ -67,7 +78,9 @@ class Writer:
         self._lines = 0
         self._bytes = 0
         self._flushed = 0.0
-        self._timer: asyncio.TimerHandle | None = None
+        # When what waits is sent, and whether that is in this turn of the loop.
+        self._handle: asyncio.Handle | None = None
+        self._soon = False
         self._task: asyncio.Task[None] | None = None
         self._room: asyncio.Event | None = None
         self._ending: tuple[int, str] | None = None
@@ -129,31 +142,43 @@ class Writer:
         self._ending = self._ending or (1006, "")
         self._waiting.clear()
         self._make_room()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._unschedule()
         if self._task is not None:
             self._task.cancel()
 
     async def done(self) -> None:
         """Wait until what waits now is sent."""
+        if self._soon:
+            self._go()
         if self._task is not None:
             await asyncio.wait([self._task])
 
     def _schedule(self, urgent: bool) -> None:
-        if self._task is not None:
+        if self._task is not None or self._soon:
             return
         loop = asyncio.get_running_loop()
         due = self._flushed + FLUSH_EVERY
         if urgent or due <= loop.time():
-            self._start()
-        elif self._timer is None:
-            self._timer = loop.call_at(due, self._start)
+            self._unschedule()
+            self._soon = True
+            self._handle = loop.call_soon(self._go)
+        elif self._handle is None:
+            self._handle = loop.call_at(due, self._go)
 
-    def _start(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._task is None:
+    def _unschedule(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+            self._handle = None
+        self._soon = False
+
+    def _go(self) -> None:
+        self._unschedule()
+        while self._waiting and self._transport.ready:
+            lines = self._take()
+            self._transport.send_now(lines)
+            self._left(lines)
+        self._flushed = asyncio.get_running_loop().time()
+        if self._waiting or self._ending is not None:
             self._task = asyncio.create_task(self._flush())
 
     async def _flush(self) -> None:
@@ -164,12 +189,7 @@ class Writer:
                 self.since = loop.time()
                 await self._transport.send(lines)
                 self.since = None
-                for line in lines:
-                    if line.durable:
-                        self._lines -= 1
-                        self._bytes -= line.size
-                if self._room is not None and self._lines <= ROOM_LINES and self._bytes <= ROOM_BYTES:
-                    self._room.set()
+                self._left(lines)
             if self._ending is not None:
                 self.since = loop.time()
                 await self._transport.close(*self._ending)
@@ -192,6 +212,14 @@ class Writer:
             lines.append(line := self._waiting.popleft())
             size += line.size
         return lines
+
+    def _left(self, lines: Sequence[Line]) -> None:
+        for line in lines:
+            if line.durable:
+                self._lines -= 1
+                self._bytes -= line.size
+        if self._room is not None and self._lines <= ROOM_LINES and self._bytes <= ROOM_BYTES:
+            self._room.set()
 
     def _make_room(self) -> None:
         if self._room is not None:
