@@ -67,6 +67,7 @@ class ApiHandler(ASGIHandler):
         if isinstance(response, EventStream):
             # An idle stream is to hold nothing that it does not need.
             del request
+            scope["headers"].clear()
             await response.serve(receive, send)
             return
         if response.streaming:

@@ -28,8 +28,12 @@ UNREADABLE = (
 class Http(HttpToolsProtocol):
     """Holds no more than 64 KiB of a request's head, and refuses what it cannot read as the API refuses."""
 
-    _in_head = False
-    _held = 0
+    # Attributes beside uvicorn's own would make each connection's dictionary three times as large.
+    __slots__ = ("_held", "_in_head")
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self._in_head, self._held = False, 0
 
     def on_message_begin(self) -> None:
         self._in_head, self._held = True, 0

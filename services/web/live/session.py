@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -98,6 +97,27 @@ def refusal(problem: Problem, **item: str) -> dict[str, Any]:
 class Session:
     """Obeys the commands of one client, and sends it what it follows."""
 
+    __slots__ = (
+        "_allowance",
+        "_commands",
+        "_counted",
+        "_obeying",
+        "_refused",
+        "_sessions",
+        "_tasks",
+        "beats",
+        "began",
+        "ends",
+        "hello",
+        "id",
+        "parts",
+        "principal",
+        "single",
+        "subscribed",
+        "transport",
+        "writer",
+    )
+
     def __init__(self, sessions: "Sessions", principal: Principal, transport: Transport) -> None:
         self.id = str(uuid4())
         self.principal = principal
@@ -109,7 +129,7 @@ class Session:
         # Whether the client understands heartbeats, and what else is not about a job.
         self.hello = False
         self._sessions = sessions
-        self._commands: deque[str] = deque()
+        self._commands: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._obeying: asyncio.Task[None] | None = None
         self._allowance, self._counted = float(BURST), 0.0
@@ -197,7 +217,7 @@ class Session:
 
     async def _obey(self) -> None:
         while self._commands and not self.writer.ending:
-            await self.obey(self._commands.popleft())
+            await self.obey(self._commands.pop(0))
 
     async def obey(self, text: str) -> None:
         """Do as a frame says, and answer it."""

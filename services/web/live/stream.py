@@ -72,10 +72,9 @@ class EventStream(HttpResponseBase):
     async def serve(self, receive: Callable[[], Awaitable[dict[str, Any]]], send: Send) -> None:
         """Send what the session has to say."""
         assert self._opening is not None
-        headers = [(name.lower().encode("ascii"), value.encode("latin1")) for name, value in self.items()]
         metrics.sse_streams.inc()
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.start", "status": 200, "headers": self._head()})
             await send({"type": "http.response.body", "body": AGAIN, "more_body": True})
             self._send = send
             if self.session.writer.ending:
@@ -88,6 +87,9 @@ class EventStream(HttpResponseBase):
         finally:
             metrics.sse_streams.dec()
             self.leave()
+
+    def _head(self) -> list[tuple[bytes, bytes]]:
+        return [(name.lower().encode("ascii"), value.encode("latin1")) for name, value in self.items()]
 
     # Transport
 
