@@ -99,7 +99,7 @@ ORDER BY place
 OPEN_JOBS = f"""
 WITH found AS (
     SELECT j.id FROM unnest(ARRAY{OPEN_STATES.replace("(", "[").replace(")", "]")}) AS s (state) CROSS JOIN LATERAL (
-        SELECT id FROM jobs WHERE state = s.state AND {_fits(3)} ORDER BY id DESC LIMIT $1
+        SELECT id FROM jobs WHERE state = s.state AND state IN {OPEN_STATES} AND {_fits(3)} ORDER BY id DESC LIMIT $1
     ) j
     ORDER BY j.id DESC LIMIT $1
 )

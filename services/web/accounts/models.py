@@ -12,6 +12,7 @@ from uuid_utils.compat import uuid7
 from headway.states import TERMINAL, JobState
 
 OPEN = [state.value for state in JobState if state not in TERMINAL]
+ENDED = [state.value for state in JobState if state in TERMINAL]
 
 
 class Tenant(models.Model):
@@ -149,11 +150,16 @@ class Job(models.Model):
                 condition=models.Q(state="queued", crashes__gt=1),
             ),
             models.Index(fields=["run_at"], name="jobs_due", condition=models.Q(state="scheduled")),
-            # What workers look for. No column of it changes when a lease is renewed or progress is written, so that
-            # such an update touches no index.
-            models.Index(fields=["state", "id"], name="jobs_open", condition=models.Q(state__in=OPEN)),
+            # What workers look for, of all tenants. No column of it changes when a lease is renewed or progress is
+            # written, so that such an update touches no index.
+            models.Index(
+                fields=["state", "tenant", "-id"], name="jobs_by_open_state", condition=models.Q(state__in=OPEN)
+            ),
+            # Apart from the open ones, so that a change of state touches one of both alone.
+            models.Index(
+                fields=["tenant", "state", "-id"], name="jobs_by_ended_state", condition=models.Q(state__in=ENDED)
+            ),
             models.Index(fields=["tenant", "-id"], name="jobs_listing"),
-            models.Index(fields=["tenant", "state", "-id"], name="jobs_by_state"),
             models.Index(fields=["tenant", "kind", "-id"], name="jobs_by_kind"),
             GinIndex(fields=["tags"], name="jobs_by_tag", condition=~models.Q(tags=[]), fastupdate=False),
         ]
