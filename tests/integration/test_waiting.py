@@ -2,7 +2,7 @@
 
 import asyncio
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import asyncpg
 import httpx
@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
 from headway.settings import Settings
+from services.web.live import waits as live_waits
 from tests.conftest import Service, Tenant, make_tenant, until
 from tests.integration.test_api_jobs import idle, submit
 from tests.integration.test_live import free_port, process
@@ -59,6 +60,20 @@ async def test_who_waits_hears_of_the_end_also_when_redis_forgot_that_it_listens
         await http.post(f"{path}/cancel")
         assert [(await answer).json()["state"] for answer in waiting] == ["cancelled"] * 3
         await waits(0)
+
+
+async def test_an_end_that_was_never_told_is_read(
+    settings: Settings, redis: Redis, tenant: Tenant, database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever committed it may have died before it was published."""
+    monkeypatch.setattr(live_waits, "LOOK_EVERY", 0.1)
+    monkeypatch.setattr(live_waits, "READ_EVERY", 0.3)
+    async with idle(settings, tenant) as http, asyncio.timeout(30):
+        job_id = (await submit(http))["id"]
+        waiting = asyncio.create_task(http.get(f"/api/v1/jobs/{job_id}", params={"wait": 60}, timeout=60))
+        await waits(1)
+        await database.execute("UPDATE jobs SET state = 'cancelled', finished_at = now() WHERE id = $1", UUID(job_id))
+        assert (await waiting).json()["state"] == "cancelled"
 
 
 async def test_a_job_that_is_not_there_is_not_waited_for(

@@ -84,7 +84,7 @@ def parse(body: bytes) -> Any:
     except RecursionError:
         raise BadRequest(TOO_DEEP) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadRequest(f"The body is not JSON: {error}.") from None
+        raise BadRequest(f"What was sent is not JSON: {error}.") from None
     except ValueError:
         # What is left is Python's limit on the digits of an integer.
         raise BadRequest("A number has too many digits.") from None
@@ -93,7 +93,7 @@ def parse(body: bytes) -> Any:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise BadRequest(f"The body is not JSON: {name} is not a number of JSON.")
+    raise BadRequest(f"What was sent is not JSON: {name} is not a number of JSON.")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

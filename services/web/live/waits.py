@@ -14,6 +14,8 @@ from services.web.live.hub import Hub
 LONGEST = 60.0
 # While there are no live events, Postgres is read this often.
 LOOK_EVERY = 2.0
+# It is read as often as heartbeats are sent all the same: whoever committed the end may have died before it was told.
+READ_EVERY = 15.0
 
 
 class Waiting:
@@ -62,12 +64,14 @@ class Waits:
 
     async def _heard(self, waiting: Waiting) -> None:
         """Wait until the job may have ended."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + READ_EVERY
         while not waiting.stirred.is_set():
             try:
                 async with asyncio.timeout(LOOK_EVERY):
                     await waiting.stirred.wait()
             except TimeoutError:
-                if self._hub.away:
+                if self._hub.away or loop.time() >= due:
                     return
         waiting.stirred.clear()
 
