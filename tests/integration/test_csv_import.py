@@ -309,6 +309,29 @@ async def test_what_is_known_of_a_file_can_be_said(service: Service, source: asy
         assert (await service.client.wait(job["id"], timeout=10))["error"]["type"] == "input-refused", wrong
 
 
+async def test_types_and_dialect_can_be_given(service: Service, source: asyncpg.Connection) -> None:
+    data = b"ID|zip|price\n1|10115|2\n2|'a|!'b'|3\nx|1|4\n4||4.5\n"
+    given = {"quote": "'", "escape": "!", "types": {"id": "bigint", "zip": "text", "price": "numeric"}}
+
+    job = await ended(service, data, **given)
+
+    assert job["state"] == "succeeded", job["error"]
+    assert [column["type"] for column in job["result"]["columns"]] == ["bigint", "text", "numeric"]
+    assert [tuple(row) for row in await source.fetch("SELECT id, zip, price::text FROM t")] == [
+        (1, "10115", "2"),
+        (2, "a|'b", "3"),
+        (4, None, "4.5"),
+    ]
+    assert (await rejected(service, job))[1:] == [["4", "id is no bigint: x", "x|1|4"]]
+    for wrong, message in (
+        ({"types": {"ID": "text"}}, "types has 'ID', but the file has no such column; it has: id, zip, price."),
+        ({"quote": "|", "delimiter": "|"}, "must differ"),
+        ({"delimiter": "a"}, "no letter"),
+    ):
+        job = await ended(service, data, table="u", **wrong)
+        assert message in job["error"]["message"], wrong
+
+
 async def test_of_two_imports_into_one_table_one_succeeds(service: Service, source: asyncpg.Connection) -> None:
     data = b"a,b,c,d\n" + rows(20_000)
 

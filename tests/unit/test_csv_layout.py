@@ -17,12 +17,12 @@ def test_the_delimiter_is_found(delimiter: str) -> None:
 
     found = layout("\n".join(delimiter.join(row) for row in quoted).encode())
 
-    assert found.delimiter == delimiter
+    assert found.dialect.delimiter == delimiter
     assert found.titles == rows[0]
 
 
 def test_decimal_commas_are_not_delimiters() -> None:
-    assert layout(b"name;price\ntea;1,50\nmilk;0,99\n").delimiter == ";"
+    assert layout(b"name;price\ntea;1,50\nmilk;0,99\n").dialect.delimiter == ";"
 
 
 @pytest.mark.parametrize("line_end", [b"\n", b"\r\n", b"\r"])

@@ -12,7 +12,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from headway import Fatal, JobContext, kind
-from services.worker.kinds.csv_layout import Layout, read_layout
+from services.worker.kinds.csv_layout import MAX_COLUMNS, Layout, read_layout
 from services.worker.kinds.csv_merge import Mode, Target
 from services.worker.kinds.csv_position import Position
 from services.worker.kinds.csv_rejects import Rejects
@@ -20,12 +20,15 @@ from services.worker.kinds.csv_rows import RowReader
 from services.worker.kinds.csv_source import connected
 from services.worker.kinds.csv_table import Table, drop, drop_left_behind
 from services.worker.kinds.csv_text import Text
+from services.worker.kinds.csv_types import ColumnType
 
 HEAD = 256 << 10
 # COPY begins with the types of the first rows; the rest is checked against them while it is sent.
 SAMPLE = 256 << 10
 # How often what was copied is kept, in seconds: what an interruption costs at most. Each time costs some milliseconds.
 KEEP_EVERY = 2.0
+
+Given = Literal["boolean", "bigint", "numeric", "date", "timestamp", "timestamptz", "text"]
 
 
 class ImportInput(BaseModel):
@@ -46,12 +49,33 @@ class ImportInput(BaseModel):
         default_factory=list, max_length=32, description="For upsert: columns of a unique index of the table."
     )
 
-    delimiter: Literal[",", ";", "\t", "|"] | None = Field(None, description="Found by itself if left out.")
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="Found by itself if left out, among comma, semicolon, tab and |."
+    )
+    quote: str = Field('"', max_length=1, description="What fields are quoted with; empty if nothing is.")
+    escape: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1,
+        description="What takes its meaning from the next character, such as \\. Doubled quotes are read in any case.",
+    )
     header: bool = Field(True, description="Whether the first row has titles; without them columns are column_1, ….")
     encoding: str | None = Field(
         None, max_length=40, description="Such as windows-1252; UTF-8, or UTF-16 with its mark, if left out."
     )
+    types: dict[str, Given] = Field(
+        default_factory=dict,
+        max_length=MAX_COLUMNS,
+        description="The types of columns by their names in the table; of others all values decide.",
+    )
     max_rejected: int = Field(1000, ge=0, le=1000, description="More rows that cannot be read fail the import.")
+
+    @field_validator("delimiter", "quote", "escape")
+    @classmethod
+    def _mark(cls, mark: str | None) -> str | None:
+        if mark and (mark.isalnum() or not mark.isascii() or mark in "\r\n\0"):
+            raise ValueError("write one character of ASCII that is no letter, no digit and no line break")
+        return mark
 
     @field_validator("encoding")
     @classmethod
@@ -70,6 +94,13 @@ class ImportInput(BaseModel):
     def _keyed(self) -> "ImportInput":
         if (self.mode == "upsert") != bool(self.key):
             raise ValueError("upsert needs a key, and only upsert has one")
+        return self
+
+    @model_validator(mode="after")
+    def _told_apart(self) -> "ImportInput":
+        marks = [mark for mark in (self.delimiter, self.quote, self.escape) if mark]
+        if len(set(marks)) < len(marks) or self.delimiter == '"':
+            raise ValueError('delimiter, quote and escape must differ, and the delimiter be no "')
         return self
 
 
@@ -182,7 +213,7 @@ class _Import:
         while self._more:
             await self._table.begin(types, anew=kept is None)
             async with aclosing(self._chunk(reader, types, rows)) as chunk:
-                copied = await self._table.fill(types, chunk, self._layout.delimiter)
+                copied = await self._table.fill(types, chunk, self._layout.dialect.delimiter)
             if copied != reader.rows - (kept or 0):
                 raise RuntimeError(f"Postgres took {copied} rows where {reader.rows - (kept or 0)} were sent.")
             if self._more:
@@ -265,7 +296,14 @@ async def _layout(text: Text, input: ImportInput) -> Layout:
             if len(head) > HEAD:
                 break
     return await asyncio.to_thread(
-        read_layout, head[:HEAD], whole=len(head) <= HEAD, delimiter=input.delimiter, header=input.header
+        read_layout,
+        head[:HEAD],
+        whole=len(head) <= HEAD,
+        delimiter=input.delimiter,
+        quote=input.quote,
+        escape=input.escape,
+        header=input.header,
+        types={name: ColumnType(given) for name, given in input.types.items()},
     )
 
 

@@ -1,14 +1,19 @@
-"""How a CSV file is laid out, read from its first bytes: delimiter, line ends, header, names of columns. Pure."""
+"""How a CSV file is laid out, told or read from its first bytes: dialect, line ends, header, columns. Pure."""
 
 import csv
 import io
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from headway.errors import Fatal
+from services.worker.kinds.csv_types import ColumnType
+
+if TYPE_CHECKING:
+    from _csv import Reader
 
 DELIMITERS = ",;\t|"
 MAX_COLUMNS = 1600
@@ -32,13 +37,41 @@ csv.field_size_limit(2 * RECORD_LIMIT)
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """`titles` are the header's fields, `names` the columns'; the rows begin at byte `start`, after `lines` lines."""
+class Dialect:
+    """What separates fields, what they are quoted with (empty: nothing), and what takes its meaning from a character.
 
-    delimiter: str
+    Each is one character of ASCII.
+    """
+
+    delimiter: str = ","
+    quote: str = '"'
+    escape: str | None = None
+
+    @property
+    def common(self) -> bool:
+        """Whether COPY reads it as Python does, and no number or date has its delimiter in it."""
+        return self.quote == '"' and self.escape is None and self.delimiter not in "+-.: "
+
+    def rows(self, lines: Iterable[str], *, strict: bool = True) -> "Reader":
+        """The rows in lines, of which each has its end. If strict, raises csv.Error for quotes that are wrong."""
+        quotes: dict[str, Any] = (
+            {"quotechar": self.quote} if self.quote else {"quoting": csv.QUOTE_NONE, "quotechar": None}
+        )
+        return csv.reader(lines, delimiter=self.delimiter, escapechar=self.escape, strict=strict, **quotes)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`titles` are the header's fields, `names` the columns'; the rows begin at byte `start`, after `lines` lines.
+
+    `types` has those that are given, and None for the columns whose values decide.
+    """
+
+    dialect: Dialect
     line_end: bytes
     titles: tuple[str, ...]
     names: tuple[str, ...]
+    types: tuple[ColumnType | None, ...]
     start: int
     lines: int
 
@@ -48,11 +81,21 @@ class Layout:
         return self.line_end[-1:]
 
 
-def read_layout(head: bytes, *, whole: bool, delimiter: str | None = None, header: bool = True) -> Layout:
+def read_layout(
+    head: bytes,
+    *,
+    whole: bool,
+    delimiter: str | None = None,
+    quote: str = '"',
+    escape: str | None = None,
+    header: bool = True,
+    types: Mapping[str, ColumnType] | None = None,
+) -> Layout:
     """The layout of a file that begins with `head`, or is no longer than that if `whole`.
 
     The first line that is not blank is the header; without a `header` it is the first row, and columns have numbers.
-    Raises Fatal, saying what to do, if there is none that can be read.
+    `types` are those of columns by their names. Raises Fatal, saying what to do, if there is no header that can be
+    read, or no column of such a name.
     """
     for magic, what in _NOT_CSV.items():
         if head.startswith(magic):
@@ -62,26 +105,33 @@ def read_layout(head: bytes, *, whole: bool, delimiter: str | None = None, heade
     text_start += blank
     if not head[text_start:].strip():
         raise Fatal("The file is empty. Upload a CSV file with a header row.")
-    line_break = b"\n" if b"\n" in head[text_start:] else b"\r"
-    lines = head[text_start:].split(line_break)
-    _require_text(lines[0])
-    sample = head[text_start:].decode("utf-8", "surrogateescape")
-    delimiter = delimiter or _delimiter(sample if whole else sample[: sample.rfind(line_break.decode()) + 1])
-    titles, count = _header(sample, line_break.decode(), delimiter, whole=whole)
-    first = line_break.join(lines[:count])
-    _require_text(first)
+    lines = list(io.StringIO(head[text_start:].decode("utf-8", "surrogateescape"), newline=""))
+    # Marks that are given may be control characters.
+    marks = dict.fromkeys(map(ord, f"{delimiter or ''}{quote}{escape or ''}"))
+    _require_text(lines[0].translate(marks))
+    if not whole:
+        lines.pop()
+    if not lines:
+        raise Fatal(f"The header row is longer than {len(head):,} bytes. Shorten it, or check the file.")
+    dialect = Dialect(delimiter or _delimiter(lines, quote, escape), quote, escape)
+    titles, count = _header(lines, dialect)
+    first = "".join(lines[:count])
+    _require_text(first.translate(marks))
     if len(titles) > MAX_COLUMNS:
         raise Fatal(f"The header has {len(titles):,} columns; a table takes at most {MAX_COLUMNS:,}. Split the file.")
-    line_end = b"\r\n" if line_break == b"\n" and first.endswith(b"\r") else line_break
+    line_end = next((end for end in ("\r\n", "\n", "\r") if first.endswith(end)), "\n").encode()
     if not header:
-        titles, count, first = [f"column_{number}" for number in range(1, len(titles) + 1)], 0, b""
+        titles, first = [f"column_{number}" for number in range(1, len(titles) + 1)], ""
+    names = column_names(titles)
+    start = text_start + len(first.encode())
     return Layout(
-        delimiter=delimiter,
+        dialect=dialect,
         line_end=line_end,
         titles=tuple(titles),
-        names=tuple(column_names(titles)),
-        start=min(text_start + len(first) + (count > 0), len(head)),
-        lines=head[:text_start].count(line_break) + count,
+        names=tuple(names),
+        types=tuple(_given(types or {}, names)),
+        start=start,
+        lines=head[:start].count(line_end[-1:]),
     )
 
 
@@ -108,23 +158,30 @@ def _shortened(name: str, size: int) -> str:
     return name.encode()[:size].decode(errors="ignore")
 
 
-def _require_text(header: bytes) -> None:
+def _given(types: Mapping[str, ColumnType], names: Sequence[str]) -> Iterator[ColumnType | None]:
+    if unknown := [name for name in types if name not in names]:
+        raise Fatal(f"types has {unknown[0][:100]!r}, but the file has no such column; it has: {', '.join(names)}.")
+    yield from map(types.get, names)
+
+
+def _require_text(header: str) -> None:
     try:
-        text = header.decode()
-    except UnicodeDecodeError:
+        header.encode()
+    except UnicodeEncodeError:
         raise Fatal(
             "The header row is not UTF-8: the file is in another encoding, or not CSV. "
             "Save it as CSV in UTF-8 and upload that."
         ) from None
-    if _CONTROL.search(text):
+    if _CONTROL.search(header):
         raise Fatal("The file is binary, not CSV. Save it as CSV in UTF-8 and upload that.")
 
 
-def _delimiter(sample: str) -> str:
+def _delimiter(lines: Sequence[str], quote: str, escape: str | None) -> str:
     """The delimiter by which the header has several fields and most rows as many as the header."""
 
     def merit(delimiter: str) -> tuple[float, int]:
-        header, *rows = _fields(sample, delimiter) or [[]]
+        found = Dialect(delimiter, quote, escape).rows(lines, strict=False)
+        header, *rows = [row for row in islice(found, _SAMPLE_LINES) if row] or [[]]
         if len(header) < 2:
             return 0, 0
         agreeing = sum(len(row) == len(header) for row in rows)
@@ -133,24 +190,14 @@ def _delimiter(sample: str) -> str:
     return max(DELIMITERS, key=merit)
 
 
-def _fields(sample: str, delimiter: str) -> list[list[str]]:
-    rows = csv.reader(io.StringIO(sample, newline=""), delimiter=delimiter)
-    return [row for row in islice(rows, _SAMPLE_LINES) if row]
-
-
-def _header(sample: str, line_break: str, delimiter: str, *, whole: bool) -> tuple[list[str], int]:
+def _header(lines: Sequence[str], dialect: Dialect) -> tuple[list[str], int]:
     """The header's fields and how many lines it takes."""
-    lines = [f"{line}{line_break}" for line in sample.split(line_break)]
-    reader = csv.reader(lines if whole else lines[:-1], delimiter=delimiter, strict=True)
+    reader = dialect.rows(lines)
     try:
         titles = next(reader)
-    except StopIteration:
-        raise Fatal(
-            f"The header row is longer than {len(sample):,} characters. Shorten it, or check the file."
-        ) from None
     except csv.Error as error:
         raise Fatal(
             f"The header row has a quote that does not close or text after a closing quote ({error}). "
-            "Correct it and upload the file again."
+            "Correct it and upload the file again, or say what the file's quote and escape are."
         ) from None
     return [title.strip() for title in titles], reader.line_num

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, ValidationError
 from services.worker.kinds.csv_types import ColumnType
 
 # A position is for the rules that it was written by: count up when rows are read, typed or rejected differently.
-VERSION = 1
+VERSION = 2
 
 
 class Position(BaseModel):

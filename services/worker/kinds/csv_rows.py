@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.worker.kinds.csv_layout import RECORD_LIMIT, Layout
-from services.worker.kinds.csv_types import PATTERNS, ColumnType, widened
+from services.worker.kinds.csv_types import PATTERNS, ColumnType, fits, widened
 
 _PARSED_LINES = 100
 _SHOWN = 1000
+_VALUE_SHOWN = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +48,20 @@ class RowReader:
         lines: int | None = None,
         rows: int = 0,
     ) -> None:
-        self.types = list(types) or [ColumnType.EMPTY] * len(layout.titles)
+        self.types = list(types) or [given or ColumnType.EMPTY for given in layout.types]
         self.rows = rows
         self.offset = layout.start if offset is None else offset
         self.lines = layout.lines if lines is None else lines
         self.rejected: list[Rejected] = []
         self.fault = ""
         self._layout = layout
+        self._given = [(place, given) for place, given in enumerate(layout.types) if given is not None]
         self._break = layout.line_break
         self._not_marks = bytes(set(range(256)) - {*b'"', *self._break})
         self._rest = b""
         self._enough = 0
         self._pattern: re.Pattern[bytes] | None = None
-        self._skipping = _Skipping(self._break)
+        self._skipping = _Skipping(layout)
 
     @property
     def between_rows(self) -> bool:
@@ -92,7 +94,7 @@ class RowReader:
             given.append(self._parsed())
             if self.types != types:
                 self._pattern = None
-            else:
+            elif self._layout.dialect.common:
                 self._pattern = self._pattern or re.compile(_rows_pattern(self._layout, self.types))
                 given.append(self._matched())
         return b"".join(given)
@@ -109,7 +111,7 @@ class RowReader:
                 f"The last row has no line end and cannot be read (line {last.line:,}: {last.reason}): the file is cut "
                 "off there. Upload the whole file again, or correct the row."
             )
-        if self._rest or self._skipping.in_quotes:
+        if self._rest or self._skipping.open:
             self.fault = (
                 f"The row on line {self._skipping.line or self.lines + 1:,} has no closing quote: the file is cut "
                 "off after it, or the quote is a mistake. Upload the whole file again, or correct the row."
@@ -154,12 +156,13 @@ class RowReader:
         self.rows += len(rows)
         if rows:
             self.types = [
-                widened(kept, values) for kept, values in zip(self.types, zip(*rows, strict=True), strict=True)
+                given or widened(kept, values)
+                for given, kept, values in zip(self._layout.types, self.types, zip(*rows, strict=True), strict=True)
             ]
         written = io.StringIO()
         csv.writer(
             written,
-            delimiter=self._layout.delimiter,
+            delimiter=self._layout.dialect.delimiter,
             lineterminator=self._layout.line_end.decode(),
             quoting=csv.QUOTE_ALL,
         ).writerows(rows)
@@ -168,7 +171,7 @@ class RowReader:
     def _split(self, lines: Sequence[bytes]) -> tuple[list[list[str]], int]:
         """The rows in `lines` that can be taken, and how many lines the whole ones fill."""
         text = [(line + self._break).decode("utf-8", "surrogateescape") for line in lines]
-        reader = csv.reader(text, delimiter=self._layout.delimiter, strict=True)
+        reader = self._layout.dialect.rows(text)
         rows, used = [], 0
         while used < len(text):
             row, reason = [], ""
@@ -197,6 +200,9 @@ class RowReader:
             return "not UTF-8; save the file as UTF-8"
         if row and len(row) != len(self.types):
             return f"{len(row)} {'field' if len(row) == 1 else 'fields'}, not {len(self.types)} as in the header"
+        for place, given in self._given:
+            if row and row[place] and not fits(given, row[place]):
+                return f"{self._layout.names[place]} is no {given.value}: {row[place][:_VALUE_SHOWN]}"
         return ""
 
     def _wait(self) -> bytes:
@@ -224,30 +230,55 @@ class RowReader:
 class _Skipping:
     """Finds where a row ends that is too long to keep. `line` is where it began, or 0."""
 
-    def __init__(self, line_break: bytes) -> None:
-        end = rb'[^"%b]*+(?>(?:"[^"]*+"[^"%b]*+)*)%b' % (line_break, line_break, line_break)
+    def __init__(self, layout: Layout) -> None:
+        # What is quoted or escaped may have line ends in it that end no row.
+        quote, escape = (re.escape(mark or "").encode() for mark in (layout.dialect.quote, layout.dialect.escape))
+        plain = b"[^%b]*+" % (quote + escape + layout.line_break)
+        inside = b"[^%b]*+" % (quote + escape)
+        if escape:
+            inside += b"(?>(?:%b(?s:.)%b)*)" % (escape, inside)
+        pairs = [*([quote + inside + quote] if quote else []), *([escape + b"(?s:.)"] if escape else [])]
+        end = plain + (b"(?>(?:(?:%b)%b)*)" % (b"|".join(pairs), plain) if pairs else b"") + layout.line_break
         self._end = re.compile(end)
-        self._end_in_quotes = re.compile(rb'[^"]*+"' + end)
+        self._end_in_quotes = re.compile(inside + quote + end)
+        self._escaped = re.compile(escape + b"(?s:.)") if escape else None
+        self._quote, self._escape = (mark.encode() for mark in (layout.dialect.quote, layout.dialect.escape or ""))
         self.line = 0
         self.in_quotes = False
+        self.escaping = False
+
+    @property
+    def open(self) -> bool:
+        """Whether more must follow, for a quote to close or to be escaped."""
+        return self.in_quotes or self.escaping
 
     def begin(self, line: int, row: bytes) -> None:
         self.line = line
-        self.in_quotes = row.count(b'"') % 2 == 1
+        self.in_quotes = self.escaping = False
+        self._follow(row)
 
     def after(self, data: bytes) -> bytes:
         """What follows the row in `data`, which it may fill."""
+        if self.escaping:
+            data, self.escaping = data[1:], False
         found = (self._end_in_quotes if self.in_quotes else self._end).match(data)
         if found is None:
-            self.in_quotes ^= data.count(b'"') % 2 == 1
+            self._follow(data)
             return b""
         self.line, self.in_quotes = 0, False
         return data[found.end() :]
 
+    def _follow(self, data: bytes) -> None:
+        if self._escaped:
+            data = self._escaped.sub(b"", data)
+            self.escaping = data.endswith(self._escape)
+        if self._quote:
+            self.in_quotes ^= data.count(self._quote) % 2 == 1
+
 
 def _rows_pattern(layout: Layout, types: Sequence[ColumnType]) -> bytes:
     """Matches as many rows as fit the types, from the first on. What it matches means the same to COPY."""
-    delimiter = re.escape(layout.delimiter)
+    delimiter = re.escape(layout.dialect.delimiter)
     fields = {
         ColumnType.EMPTY: '(?>(?:"")?)',
         ColumnType.TEXT: rf'(?:"[^"\x00]*+(?>(?:""[^"\x00]*+)*)"|[^"{delimiter}\r\n\x00]*+)',
