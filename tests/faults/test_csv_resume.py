@@ -4,8 +4,9 @@ import csv
 import io
 import json
 import signal
+import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from headway.embedded import Embedded
 from headway.job import Job
 from headway.settings import Source
 from headway.states import JobState
-from services.worker.kinds import csv_import, csv_table
-from services.worker.kinds.csv_merge import Target
+from services.worker.kinds import csv_import, csv_postgres
 from services.worker.kinds.csv_position import Position
-from services.worker.kinds.csv_table import Table, staging_name
+from services.worker.kinds.csv_postgres import PostgresTable
+from services.worker.kinds.csv_target import Target, staging_name
 from services.worker.kinds.csv_types import ColumnType
 from tests.conftest import until
 from tests.engine import Engine, worker
@@ -56,7 +57,7 @@ async def engine(
     servers: Embedded, source: asyncpg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Engine]:
     monkeypatch.setattr(csv_import, "KEEP_EVERY", 0.0)
-    monkeypatch.setattr(csv_table, "LOCK_TIMEOUT", 0.3)
+    monkeypatch.setattr(csv_postgres, "LOCK_TIMEOUT", 0.3)
     async with make_engine(servers, tmp_path, sources={"default": Source(url=servers.postgres_url(SOURCE))}) as engine:
         yield engine
 
@@ -245,7 +246,55 @@ async def test_an_import_into_a_table_goes_on_and_adds_each_row_once(
     assert await tables(source) == ["headway_imports", "t"]
 
 
-def at(table: Table, job_id: UUID, rows: int, *, when: datetime | None = None) -> Position:
+async def test_an_import_into_sqlite_goes_on_where_its_worker_was_killed(
+    engine: Engine, spawn: Spawner, tmp_path: Path
+) -> None:
+    place = tmp_path / "lite.db"
+    sources = {"lite": Source.model_validate({"url": f"sqlite+aiosqlite:///{place}"})}
+    with closing(sqlite3.connect(place, isolation_level=None)) as lite:
+        lite.execute("CREATE TABLE t (a INTEGER PRIMARY KEY, b TEXT)")
+        first = await spawn(
+            HEADWAY_SOURCES=json.dumps({"lite": sources["lite"].url.get_secret_value()}),
+            HEADWAY_KINDS="tests.faults.csv_small_chunks",
+        )
+        job_id = await submit(engine, orders(), source="lite", mode="append")
+        staging = staging_name(job_id)
+
+        def held() -> bool:
+            """Whether there are rows of the import, and it comes no further."""
+            try:
+                lite.execute("BEGIN IMMEDIATE")
+                if lite.execute(f"SELECT count(*) FROM {staging}").fetchone()[0]:
+                    return True
+                lite.execute("ROLLBACK")
+            except sqlite3.OperationalError:
+                if lite.in_transaction:
+                    lite.execute("ROLLBACK")
+            return False
+
+        await until(held, 20)
+        kept = lite.execute(f"SELECT count(*) FROM {staging}").fetchone()[0]
+        first.signal(signal.SIGKILL)
+        await first.ended()
+        lite.execute("ROLLBACK")
+        await engine.expire(job_id)
+
+        async with worker(engine.settings.model_copy(update={"sources": sources})):
+            job = await engine.ended(job_id, 40)
+
+        assert job.state == JobState.SUCCEEDED, job.error
+        assert 0 < kept < 200_000
+        assert (job.result["rows"], job.result["rejected"]) == (200_000, 4)
+        assert await rejected(engine, job) == list(BAD.values())
+        assert lite.execute("SELECT count(*), sum(a), max(b) FROM t").fetchone() == (
+            200_000,
+            199_999 * 100_000,
+            "name 99999",
+        )
+        assert any(f"Going on after {kept:,} rows" in str(event) for event in await engine.events(job_id))
+
+
+def at(table: PostgresTable, job_id: UUID, rows: int, *, when: datetime | None = None) -> Position:
     return Position(
         job=job_id,
         writer=table.writer,
@@ -260,7 +309,7 @@ def at(table: Table, job_id: UUID, rows: int, *, when: datetime | None = None) -
     )
 
 
-async def fill(table: Table, rows: int, *, anew: bool = False) -> None:
+async def fill(table: PostgresTable, rows: int, *, anew: bool = False) -> None:
     """Begin a chunk and copy rows."""
 
     async def given() -> AsyncIterator[bytes]:
@@ -271,9 +320,9 @@ async def fill(table: Table, rows: int, *, anew: bool = False) -> None:
 
 
 @asynccontextmanager
-async def opened(engine: Engine, job_id: UUID) -> AsyncIterator[Table]:
+async def opened(engine: Engine, job_id: UUID) -> AsyncIterator[PostgresTable]:
     connection = await asyncpg.connect(url(engine))
-    yield Table(connection, "default", Target("t"), job_id)
+    yield PostgresTable(connection, "default", Target("t"), job_id)
     connection.terminate()
 
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from headway.embedded import Embedded
 from headway.settings import Settings, Source
 from services.worker.kinds import csv_import
-from services.worker.kinds.csv_table import staging_name
+from services.worker.kinds.csv_target import staging_name
 from tests.conftest import Service, until
 
 TABLES = count(1)
@@ -43,7 +43,8 @@ def settings(settings: Settings, servers: Embedded) -> Settings:
     sources = {
         "default": default,
         "reader": f"postgresql+asyncpg://reader:reader@{place}",
-        "lite": "sqlite+aiosqlite:///lite.db",
+        "mine": "mysql+aiomysql://root@127.0.0.1/mine",
+        "nofile": f"sqlite+aiosqlite:///{settings.home}/none.db",
         "gone": "postgresql+asyncpg://nobody:none@127.0.0.1:1/none",
     }
     return settings.model_copy(update={"sources": {name: Source(url=url) for name, url in sources.items()}})
@@ -347,7 +348,8 @@ async def test_of_two_imports_into_one_table_one_succeeds(service: Service, sour
 async def test_a_source_that_cannot_take_a_table_is_named(service: Service) -> None:
     cases = {
         "nowhere": ("fatal", "There is no source 'nowhere'"),
-        "lite": ("fatal", "'lite' is not a Postgres database"),
+        "mine": ("fatal", "'mine' is a database of mysql; csv.import takes Postgres and SQLite"),
+        "nofile": ("handler-failed", "The source 'nofile' cannot be opened"),
         "reader": ("fatal", "does not let its user make a table"),
         "gone": ("handler-failed", "The source 'gone' cannot be reached"),
     }

@@ -13,12 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from headway import Fatal, JobContext, kind
 from services.worker.kinds.csv_layout import MAX_COLUMNS, Layout, read_layout
-from services.worker.kinds.csv_merge import Mode, Target
 from services.worker.kinds.csv_position import Position
 from services.worker.kinds.csv_rejects import Rejects
 from services.worker.kinds.csv_rows import RowReader
-from services.worker.kinds.csv_source import connected
-from services.worker.kinds.csv_table import Table, drop, drop_left_behind
+from services.worker.kinds.csv_table import Table, tables
+from services.worker.kinds.csv_target import Mode, Target
 from services.worker.kinds.csv_text import Text
 from services.worker.kinds.csv_types import ColumnType
 
@@ -39,7 +38,7 @@ class ImportInput(BaseModel):
         pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,62}$",
         description="The table to make, named exactly so: in SQL a name with capitals needs quotes.",
     )
-    source: str = Field("default", description="The source to make it in: a Postgres database.")
+    source: str = Field("default", description="The source to make it in: Postgres or SQLite.")
     mode: Mode = Field(
         "create",
         description="create: a new table. append: to the rows of a table. replace: in their place. upsert: rows whose "
@@ -127,17 +126,20 @@ async def import_csv(job: JobContext, input: ImportInput) -> ImportResult:
     was.
     """
     url = job.source(input.source)
+    there = tables(url, input.source)
     file = await job.open_file(input.file)
     text = await Text.open(file, input.encoding)
     try:
-        async with Rejects(job, input.max_rejected) as rejects, connected(url, input.source) as connection:
+        target = Target(input.table, input.mode, input.key)
+        async with (
+            Rejects(job, input.max_rejected) as rejects,
+            there.opened(url, input.source, target, job.id) as table,
+        ):
             layout = await _layout(text, input)
-            table = Table(connection, input.source, Target(input.table, input.mode, input.key), job.id)
-            await drop_left_behind(connection)
             end = await _Import(job, text, layout, rejects, table).run()
     except BaseException as error:
         if isinstance(error, Fatal) or job.interruption == "cancelled":
-            await drop(url, input.source, job.id)
+            await there.drop(url, input.source, job.id)
         raise
     return ImportResult(
         table=input.table,
@@ -215,7 +217,7 @@ class _Import:
             async with aclosing(self._chunk(reader, types, rows)) as chunk:
                 copied = await self._table.fill(types, chunk, self._layout.dialect.delimiter)
             if copied != reader.rows - (kept or 0):
-                raise RuntimeError(f"Postgres took {copied} rows where {reader.rows - (kept or 0)} were sent.")
+                raise RuntimeError(f"The source took {copied} rows where {reader.rows - (kept or 0)} were sent.")
             if self._more:
                 await self._table.keep(self._position(reader))
                 kept = reader.rows

@@ -1,4 +1,4 @@
-"""The last step of an import into a table that exists: its rows go from the import's own table into that, all at once.
+"""The last step of an import into a table of Postgres: its rows go from the import's own table into that, all at once.
 
 The same transaction remembers the job in a small table of the source, so that a job whose worker dies after the commit
 finds that all is done.
@@ -6,19 +6,17 @@ finds that all is done.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 import asyncpg
 
 from headway import Fatal
 from services.worker.kinds.csv_position import Position
+from services.worker.kinds.csv_target import Target, keyless
 
 if TYPE_CHECKING:
     from services.worker.kinds.csv_source import Connection
-
-Mode = Literal["create", "append", "replace", "upsert"]
 
 # Two that make the table at the same time would meet in the catalogue; the lock is the table's own name.
 LEDGER = """
@@ -39,15 +37,6 @@ WHERE attrelid = to_regclass(quote_ident(current_schema()) || '.' || quote_ident
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The table that rows are to be in, and how they come into it."""
-
-    table: str
-    mode: Mode = "create"
-    key: Sequence[str] = ()
-
-
 async def remembered(connection: "Connection", job_id: UUID) -> Position | None:
     """Where the import ended, if its rows are in the table already."""
     if await connection.fetchval("SELECT to_regclass('headway_imports') IS NULL"):
@@ -55,25 +44,15 @@ async def remembered(connection: "Connection", job_id: UUID) -> Position | None:
     return Position.of(await connection.fetchval("SELECT position FROM headway_imports WHERE job = $1", job_id))
 
 
-async def require(connection: "Connection", columns: Sequence[str], target: Target) -> bool:
-    """Whether the table exists; only for `replace` need it not. Raises Fatal if the file's columns do not fit it."""
-    table, mode = target.table, target.mode
-    there = {row["name"] for row in await connection.fetch(COLUMNS, table)}
-    if not there:
-        if mode == "replace":
-            return False
-        raise Fatal(f'There is no table {table!r} to {mode} to. Create it, or import with "mode": "create".')
-    if unknown := [name for name in columns if name not in there]:
-        raise Fatal(f"The table {table!r} has no column {unknown[0]!r}; it has: {', '.join(sorted(there))}.")
-    if missing := [name for name in target.key if name not in columns]:
-        raise Fatal(f"The file has no column {missing[0]!r}, which is to be a key; it has: {', '.join(columns)}.")
-    return True
+async def columns_of(connection: "Connection", table: str) -> dict[str, str]:
+    """The types of a table's columns by their names; empty if there is no such table."""
+    return {row["name"]: row["type"] for row in await connection.fetch(COLUMNS, table)}
 
 
 async def merge(connection: "Connection", staging: str, columns: Mapping[str, str], target: Target) -> None:
     """Move the rows, within the transaction. Raises Fatal in words of Postgres if the table refuses them."""
     table, key = target.table, target.key
-    types = {row["name"]: row["type"] for row in await connection.fetch(COLUMNS, table)}
+    types = await columns_of(connection, table)
     names = ", ".join(f'"{name}"' for name in columns)
     values = ", ".join(
         f'"{name}"' if types.get(name) == _long(column_type) else f'"{name}"::text::{types[name]}'
@@ -87,7 +66,7 @@ async def merge(connection: "Connection", staging: str, columns: Mapping[str, st
             return
         keys = ", ".join(f'"{name}"' for name in key)
         if await connection.fetchval(f"SELECT EXISTS (SELECT FROM {staging} WHERE {_any_null(key)})"):
-            raise Fatal(f"Rows without a value in the key ({', '.join(key)}) cannot be found again. Leave them out.")
+            raise keyless(key)
         changes = ", ".join(f'"{name}" = excluded."{name}"' for name in columns if name not in key)
         # Rows lie in the order of the file: of those with the same key the last is taken.
         await connection.execute(

@@ -1,4 +1,4 @@
-"""How far an import has come: kept as the comment of its table, in the transaction that copies the rows."""
+"""How far an import has come: kept in the transaction that writes the rows."""
 
 from datetime import UTC, datetime
 from typing import Literal, Self
@@ -35,9 +35,9 @@ class Position(BaseModel):
     seconds: float
 
     @classmethod
-    def of(cls, comment: str | None) -> Self | None:
-        """The position in a table's comment, if it is one."""
+    def of(cls, text: str | None) -> Self | None:
+        """The position in what was kept, such as a table's comment, if it is one."""
         try:
-            return cls.model_validate_json(comment or "")
+            return cls.model_validate_json(text or "")
         except ValidationError:
             return None

@@ -1,4 +1,4 @@
-"""A connection to the source of an import, COPY through it, and what the source refuses, in words."""
+"""A connection to the Postgres that an import fills, COPY through it, and what Postgres refuses, in words."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import asyncpg
 
 from headway import Fatal, Retry
+from headway.sources.postgres import dsn
+from services.worker.kinds.csv_target import taken
 
 if TYPE_CHECKING:
     Connection = asyncpg.Connection[asyncpg.Record]
@@ -19,14 +21,11 @@ CONNECT_TIMEOUT = 10.0
 async def connected(url: str, source: str) -> AsyncIterator["Connection"]:
     """A connection to the source. A transaction that is under way when the block ends never was.
 
-    Raises Fatal if the source is not Postgres, ConnectionError if it cannot be reached.
+    Raises ConnectionError if the source cannot be reached.
     """
-    scheme, _, place = url.partition("://")
-    if scheme.partition("+")[0] not in {"postgresql", "postgres"}:
-        raise Fatal(f"The source {source!r} is not a Postgres database; csv.import needs one. Name another source.")
     try:
         connection = await asyncpg.connect(
-            f"postgresql://{place}",
+            dsn(url),
             timeout=CONNECT_TIMEOUT,
             server_settings={"application_name": "headway csv.import"},
         )
@@ -100,11 +99,3 @@ def refusals(source: str, table: str) -> Iterator[None]:
         asyncpg.InternalClientError,
     ) as error:
         raise ConnectionError(f"The source {source!r} closed the connection during the import.") from error
-
-
-def taken(source: str, table: str) -> Fatal:
-    """The error where the name of the table is not free."""
-    return Fatal(
-        f"The source {source!r} has a table or type {table!r} already. "
-        "Choose another name for the table, or drop it first."
-    )
