@@ -4,11 +4,12 @@ A statement is read in a transaction that can only read, under a deadline that t
 runs longer is ended from outside, and its connection is thrown away.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol
 
-from headway.errors import QueryRefused
+from headway.errors import DeadlinePassed, QueryRefused
 from headway.settings import Source, dialect
 from headway.sources.columns import Column
 from headway.sources.postgres import PostgresReader
@@ -43,7 +44,7 @@ class Reading(Protocol):
 
 
 class Reader(Protocol):
-    """What reads one source."""
+    """What reads one source. A block that is cancelled, such as at its deadline, ends the statement in the source."""
 
     def reading(
         self, sql: str, parameters: Parameters, *, seconds: float | None, most_bytes: int, estimate: bool = False
@@ -65,7 +66,8 @@ class Sources:
         """Those there are."""
         return sorted(self._sources)
 
-    def read(
+    @asynccontextmanager
+    async def read(
         self,
         name: str,
         sql: str,
@@ -74,7 +76,7 @@ class Sources:
         seconds: float | None = None,
         most_bytes: int,
         estimate: bool = False,
-    ) -> AbstractAsyncContextManager[Reading]:
+    ) -> AsyncIterator[Reading]:
         """`async with sources.read("default", "SELECT …", [1], seconds=10, most_bytes=1 << 20) as reading`.
 
         One statement, which gives rows and only reads. `parameters` are `$1, $2` of Postgres and `?` of SQLite, or by
@@ -85,7 +87,20 @@ class Sources:
         """
         if name not in self._readers:
             self._readers[name] = _reader(name, self._sources[name], self._pool)
-        return self._readers[name].reading(sql, parameters, seconds=seconds, most_bytes=most_bytes, estimate=estimate)
+        reader, limit = self._readers[name], asyncio.timeout(seconds)
+        try:
+            async with (
+                limit,
+                reader.reading(sql, parameters, seconds=seconds, most_bytes=most_bytes, estimate=estimate) as reading,
+            ):
+                yield reading
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlinePassed(
+                f"The source {name!r} did not answer within {seconds:g} s; the statement was ended there. "
+                "Select less, or submit an sql.export."
+            ) from None
 
     async def close(self) -> None:
         """Disconnect, within seconds also from a source that does not answer."""

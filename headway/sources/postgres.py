@@ -12,7 +12,7 @@ import structlog
 from databases import Database
 
 from headway import metrics
-from headway.errors import DeadlinePassed, QueryRefused, SourceUnavailable, TooLarge
+from headway.errors import QueryRefused, SourceUnavailable, TooLarge
 from headway.sources.columns import Column
 from headway.sources.names import numbered
 
@@ -103,22 +103,13 @@ class PostgresReader:
         estimate: bool = False,
     ) -> AsyncIterator["PostgresReading"]:
         sql, values = numbered(sql, parameters)
-        limit = asyncio.timeout(seconds)
-        try:
-            async with limit, self._connection() as connection:
-                reading = PostgresReading(self._name, connection, most_bytes)
-                try:
-                    await reading.begin(sql, values, seconds, estimate=estimate)
-                    yield reading
-                finally:
-                    await self._leave(reading, connection)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlinePassed(
-                f"The source {self._name!r} did not answer within {seconds:g} s; the statement was ended there. "
-                "Select less, or submit an sql.export."
-            ) from None
+        async with self._connection() as connection:
+            reading = PostgresReading(self._name, connection, most_bytes)
+            try:
+                await reading.begin(sql, values, seconds, estimate=estimate)
+                yield reading
+            finally:
+                await self._leave(reading, connection)
 
     async def close(self) -> None:
         if self._ending:

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 import structlog
 from databases import Database, DatabaseURL
 
-from headway.errors import DeadlinePassed, QueryRefused, SourceUnavailable, TooLarge
+from headway.errors import QueryRefused, SourceUnavailable, TooLarge
 from headway.sources.columns import Column
 
 if TYPE_CHECKING:
@@ -58,22 +58,13 @@ class SqliteReader:
         most_bytes: int,
         estimate: bool = False,
     ) -> AsyncIterator["SqliteReading"]:
-        limit = asyncio.timeout(seconds)
-        try:
-            async with limit, self._held() as held:
-                reading = SqliteReading(self._name, held, most_bytes)
-                try:
-                    await reading.begin(sql, parameters)
-                    yield reading
-                finally:
-                    await reading.end()
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlinePassed(
-                f"The source {self._name!r} did not answer within {seconds:g} s; the statement was ended there. "
-                "Select less, or submit an sql.export."
-            ) from None
+        async with self._held() as held:
+            reading = SqliteReading(self._name, held, most_bytes)
+            try:
+                await reading.begin(sql, parameters)
+                yield reading
+            finally:
+                await reading.end()
 
     async def close(self) -> None:
         while self._idle:
