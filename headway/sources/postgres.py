@@ -28,7 +28,9 @@ END_TIMEOUT = 5.0
 # How long after the deadline Postgres ends a statement by itself, should this process not live to do it.
 BEYOND = 2.0
 # The snapshot is taken before the statement runs: from then on the transaction cannot be made one that writes.
-BEGIN = "BEGIN READ ONLY; SET LOCAL statement_timeout = {timeout}; SELECT 1"
+BEGIN = "BEGIN READ ONLY; SET LOCAL statement_timeout = {timeout}; {watch}; SELECT 1"
+# Should this process be killed, Postgres notices while it works on a statement, from version 14 on.
+WATCH = "SET LOCAL client_connection_check_interval = '2s'"
 # Values as Postgres writes them: no digit, time zone or infinity is lost on the way through Python's types.
 AS_TEXT = (
     *("numeric", "date", "time", "timetz", "timestamp", "timestamptz", "interval", "uuid", "bytea", "bit", "varbit"),
@@ -197,7 +199,7 @@ class PostgresReading:
         """Raises QueryRefused if it is not one statement that gives rows."""
         timeout = 0 if seconds is None else round((seconds + BEYOND) * 1000)
         with self._run():
-            await self._connection.execute(BEGIN.format(timeout=timeout))
+            await self._connection.execute(BEGIN.format(timeout=timeout, watch=self._meter.watch))
             statement = await self._connection.prepare(sql)
             found = statement.get_attributes()
             self._require(statement, values)
@@ -255,6 +257,8 @@ class _Meter(asyncio.Protocol):
         self.left = 1 << 62
         self.over = False
         self.closed = False
+        # What has Postgres look whether this process lives, where it can.
+        self.watch = WATCH
         # asyncpg has no way to be given a protocol of one's own.
         inner: Any = connection
         self._protocol: asyncio.Protocol = inner._protocol
@@ -296,7 +300,12 @@ async def _prepare(connection: "Connection") -> None:
     await connection.set_type_codec("float4", schema="pg_catalog", encoder=str, decoder=float, format="text")
     for name in ("json", "jsonb"):
         await connection.set_type_codec(name, schema="pg_catalog", encoder=json.dumps, decoder=str, format="text")
-    _Meter(connection)
+    meter = _Meter(connection)
+    try:
+        await connection.execute(f"BEGIN; {WATCH}; COMMIT")
+    except asyncpg.PostgresError:
+        await connection.execute("ROLLBACK")
+        meter.watch = ""
 
 
 @contextmanager

@@ -64,12 +64,13 @@ async def test_an_export_that_is_killed_starts_over_and_is_whole(
     else:
         [child] = children_of(first.process.pid)
         os.kill(child, signal.SIGKILL)
-    await source.execute("SELECT pg_advisory_unlock(1)")
 
+    # Postgres ends the statement, which waits and sends nothing.
     async def gone() -> bool:
         return not before & {row["pid"] for row in await source.fetch(SESSIONS)}
 
     await until(gone, 20)
+    await source.execute("SELECT pg_advisory_unlock(1)")
     async with worker(engine.settings):
         job = await engine.ended(job_id, 40)
 

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import asyncpg
+import psycopg
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from headway.embedded import Embedded
 from headway.settings import Settings, Source
 from headway.sources import Column
 from services.worker.kinds.sql_text import CsvRows, JsonRows
@@ -22,17 +24,26 @@ from tests.conftest import Service, until
 
 # Two series: a single one would be made whole before its first row is given.
 ROWS = "SELECT a * 10000 + b AS id FROM generate_series(1, 10000) AS a, generate_series(1, 10000) AS b"
+READER = "export_reader"
 ACTIVE = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'headway' AND state = 'active'"
 
 
 @pytest.fixture
-def settings(settings: Settings, tmp_path: Path) -> Settings:
-    """The usual source, and one of SQLite."""
+def settings(settings: Settings, servers: Embedded, tmp_path: Path) -> Settings:
+    """The usual source, one with a role that reads, and one of SQLite."""
+    url = settings.sources["default"].url.get_secret_value()
+    with psycopg.connect(servers.postgres_url("postgres"), autocommit=True) as admin:
+        if not admin.execute("SELECT FROM pg_roles WHERE rolname = %s", [READER]).rowcount:
+            admin.execute(f"CREATE ROLE {READER} LOGIN PASSWORD 'reader'")
     with sqlite3.connect(tmp_path / "lite.db") as lite:
         lite.execute("CREATE TABLE t (id INTEGER, name TEXT, data BLOB, price REAL)")
         lite.executemany("INSERT INTO t VALUES (?, ?, ?, ?)", [(1, "Ada", b"\0\xff", 1.5), (2, None, None, None)])
     lite.close()
-    sources = settings.sources | {"lite": Source.model_validate({"url": f"sqlite+aiosqlite:///{tmp_path}/lite.db"})}
+    more = {
+        "split": {"url": url, "read_url": f"postgresql+asyncpg://{READER}:reader@{url.rpartition('@')[2]}"},
+        "lite": {"url": f"sqlite+aiosqlite:///{tmp_path}/lite.db"},
+    }
+    sources = settings.sources | {name: Source.model_validate(source) for name, source in more.items()}
     return settings.model_copy(update={"sources": sources})
 
 
@@ -166,6 +177,32 @@ async def test_a_cancel_ends_the_statement_in_the_source(service: Service, sourc
         await service.client.cancel(job["id"])
         assert (await service.client.wait(job["id"], timeout=20))["state"] == "cancelled"
     assert await source.fetchval(f"{ACTIVE} AND datname = current_database()") == 0
+
+
+async def test_the_timeout_of_a_job_ends_a_statement_that_lets_nobody_cancel_it(
+    service: Service, source: asyncpg.Connection
+) -> None:
+    await source.execute("""
+        CREATE FUNCTION stubborn() RETURNS int LANGUAGE plpgsql AS $$ BEGIN
+            PERFORM set_config('statement_timeout', '0', false);
+            LOOP BEGIN PERFORM pg_sleep(600); EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP;
+        END $$
+    """)
+    job = await service.client.submit("sql.export", {"sql": "SELECT stubborn()"}, timeout=5, max_attempts=1)
+    await until(lambda: source.fetchval(f"{ACTIVE} AND query LIKE '%stubborn()'"), 40)
+    job = await service.client.wait(job["id"], timeout=40)
+    assert (job["state"], job["error"]["type"]) == ("failed", "timed-out")
+    assert await source.fetchval(f"{ACTIVE} AND datname = current_database()") == 0
+
+
+async def test_a_role_that_only_reads_is_used_and_held_to_that(service: Service, source: asyncpg.Connection) -> None:
+    await source.execute("CREATE TABLE t AS SELECT 1 AS n; CREATE TABLE hidden AS SELECT 1 AS n")
+    await source.execute(f"GRANT SELECT ON t TO {READER}")
+    job = await ended(service, "SELECT current_user AS who, n FROM t", source="split")
+    assert await read(service, job) == f"who,n\r\n{READER},1\r\n".encode()
+    for sql in ("SELECT * FROM hidden", "INSERT INTO t VALUES (2) RETURNING n"):
+        job = await ended(service, sql, source="split")
+        assert "permission denied for table" in job["error"]["message"], sql
 
 
 async def test_progress_is_of_the_planners_estimate(service: Service, source: asyncpg.Connection) -> None:
