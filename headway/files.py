@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 CHUNK = 1 << 20
+# Short enough that others get their turn between two of them, when they are sent to a client.
+READ = 256 << 10
 
 log = structlog.get_logger(__name__)
 
@@ -97,7 +99,7 @@ class Files:
         out.stored = out.so_far()
 
     async def read(
-        self, key: str, start: int = 0, end: int | None = None, *, chunk: int = CHUNK
+        self, key: str, start: int = 0, end: int | None = None, *, chunk: int = READ
     ) -> AsyncIterator[bytes]:
         """The bytes from `start` up to, not including, `end`, at least `chunk` at a time but for the last.
 
@@ -110,7 +112,7 @@ class Files:
             raise NotFound("The bytes of this file are gone.") from None
 
     async def read_parts(
-        self, parts: Sequence[Part], start: int, end: int, *, chunk: int = CHUNK
+        self, parts: Sequence[Part], start: int, end: int, *, chunk: int = READ
     ) -> AsyncIterator[bytes]:
         """The same of a file that is kept in parts, each a key and its size in bytes."""
         first = 0
@@ -204,18 +206,19 @@ class Writer:
         self._size += len(data)
         if self._size > self._max_size:
             raise TooLarge(f"The file is over the limit of {self._max_size:,} bytes; send a smaller one.")
+        self._digest.update(data)
         if len(data) >= CHUNK and not self._buffer:
-            await self._hand_over(bytes(data))
+            await self._put(bytes(data))
             return
         self._buffer += data
         if len(self._buffer) >= CHUNK:
             data, self._buffer = bytes(self._buffer), bytearray()
-            await self._hand_over(data)
+            await self._put(data)
 
     async def end(self) -> None:
         """Hand over what is left and the end."""
         if self._buffer:
-            await self._hand_over(bytes(self._buffer))
+            await self._put(bytes(self._buffer))
         await self._put(None)
 
     def abort(self) -> None:
@@ -233,10 +236,6 @@ class Writer:
             if isinstance(chunk, BaseException):
                 raise chunk
             yield chunk
-
-    async def _hand_over(self, data: bytes) -> None:
-        self._digest.update(data)
-        await self._put(data)
 
     async def _put(self, item: bytes | None) -> None:
         room = asyncio.ensure_future(self._queue.put(item))

@@ -135,8 +135,9 @@ class Bucket:
         if end is None:
             end = (await obstore.head_async(self.store, key))["size"]
         for first in range(start, end, SPAN):
-            piece = await obstore.get_range_async(self.store, key, start=first, end=min(end, first + SPAN))
-            yield bytes(piece)
+            span = await obstore.get_range_async(self.store, key, start=first, end=min(end, first + SPAN))
+            for place in range(0, len(span), chunk):
+                yield bytes(memoryview(span)[place : place + chunk])
 
     async def settle(self, key: str) -> None:
         """S3 answers once it has an object."""
