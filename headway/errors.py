@@ -249,7 +249,7 @@ class DeadlinePassed(Problem):
 
 
 class NoStorage(Problem):
-    """A file cannot be kept: its place is full, read-only or away. Nothing of it is left; ask the operator."""
+    """A file cannot be kept or read: its place is full, read-only or away. Of a new one nothing is left."""
 
     status, slug, title = 507, "no-storage", "The file cannot be kept"
 

@@ -103,11 +103,12 @@ class Files:
     ) -> AsyncIterator[bytes]:
         """The bytes from `start` up to, not including, `end`, at least `chunk` at a time but for the last.
 
-        Raises NotFound if nothing is kept there.
+        Raises NotFound if nothing is kept there, NoStorage if it cannot be read.
         """
         try:
-            async for piece in self._place.read(key, start, end, chunk):
-                yield piece
+            with _reachable():
+                async for piece in self._place.read(key, start, end, chunk):
+                    yield piece
         except FileNotFoundError:
             raise NotFound("The bytes of this file are gone.") from None
 
@@ -170,17 +171,21 @@ def _of(job_id: UUID) -> Sequence[str]:
 
 @contextmanager
 def _reachable() -> Iterator[None]:
-    """Raises NoStorage in place of what obstore says of a bucket that is away."""
+    """Raises NoStorage in place of what a bucket that is away, or a folder that cannot be read, says."""
     try:
         yield
-    except BaseError as error:
+    except FileNotFoundError:
+        raise
+    except (BaseError, OSError) as error:
         raise _no_storage(error) from error
 
 
 def _no_storage(error: Exception) -> NoStorage:
     # What the store says has paths in it, which are the operator's alone.
     log.error("the place of files refuses", error=repr(error))
-    return NoStorage("The file could not be kept; ask the operator to look whether the place of files has room.")
+    return NoStorage(
+        "The file could not be kept or read; ask the operator to look whether the place of files is there and has room."
+    )
 
 
 class Writer:

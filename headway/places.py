@@ -101,7 +101,7 @@ class Folder:
         if path.is_file() and doomed(self._key(path)):
             path.unlink()
         # Unlike rglob, walk puts up with what others delete meanwhile.
-        for folder, _, names in os.walk(path, topdown=False):
+        for folder, _, names in os.walk(path, topdown=False, onerror=_not_gone):
             for file in (Path(folder, name) for name in names):
                 if doomed(self._key(file)):
                     file.unlink(missing_ok=True)
@@ -110,6 +110,12 @@ class Folder:
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self._path).as_posix()
+
+
+def _not_gone(error: OSError) -> None:
+    """A folder that cannot be read may have bytes in it; one that others have deleted has none."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 class Bucket:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from collections.abc import Awaitable, Callable
 
 import structlog
 
@@ -20,23 +21,27 @@ class Sweeper:
     """Deletes jobs, messages and files that are kept no longer, and uploads that were given up."""
 
     def __init__(self, retention: Retention, uploads: Uploads) -> None:
-        self._retention = retention
-        self._uploads = uploads
+        self._sweeps: dict[str, Callable[[], Awaitable[int]]] = {
+            "ended jobs": retention.sweep,
+            "old messages": retention.sweep_rooms,
+            "files": uploads.sweep,
+        }
 
     async def run(self) -> None:
         """Sweep about once a minute, for ever."""
         while True:
             # Workers that started together take turns.
             await asyncio.sleep(SWEEP_EVERY * random.uniform(0.5, 1.5))  # noqa: S311
-            try:
-                if deleted := await self._retention.sweep():
-                    log.info("ended jobs were deleted", jobs=deleted)
-                if deleted := await self._retention.sweep_rooms():
-                    log.info("old messages were deleted", messages=deleted)
-                if deleted := await self._uploads.sweep():
-                    log.info("files were deleted", files=deleted)
-            except OUTAGES as error:
-                log.warning("not all that is old was deleted; the next sweep follows", error=repr(error))
-            except NoStorage:
-                metrics.errors_caught.labels("files").inc()
-                log.exception("not all files were deleted; the next sweep tries again")
+            for what, sweep in self._sweeps.items():
+                await self._sweep(what, sweep)
+
+    async def _sweep(self, what: str, sweep: Callable[[], Awaitable[int]]) -> None:
+        """One of them; if it fails, the others are not put off."""
+        try:
+            if deleted := await sweep():
+                log.info("what was old is deleted", what=what, deleted=deleted)
+        except OUTAGES as error:
+            log.warning("not all that is old was deleted; the next sweep follows", what=what, error=repr(error))
+        except NoStorage:
+            metrics.errors_caught.labels("files").inc()
+            log.exception("not all files were deleted; the next sweep tries again", what=what)

@@ -1,18 +1,22 @@
 """Retention: what ended long ago goes, with its bytes; nothing else does."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
 
+import pytest
 import pytest_asyncio
 
-from headway import JobContext
+from headway import JobContext, metrics
 from headway.embedded import Embedded
+from headway.errors import NotFound
 from headway.job import Ending
 from headway.retention import DELETED_AT_ONCE, Retention
 from headway.states import JobState
-from tests.conftest import files_below, make_tenant
+from services.worker import sweeper
+from tests.conftest import files_below, make_tenant, until
 from tests.engine import Engine, worker
 from tests.engine import engine as make_engine
 
@@ -53,6 +57,33 @@ async def test_jobs_that_ended_long_ago_go_and_open_ones_never_do(engine: Engine
     for table in ("events", "failures", "artifacts"):
         rows = await engine.database.fetch(f"SELECT DISTINCT job_id FROM {table}")
         assert {row["job_id"] for row in rows} <= {new, queued, running}
+
+
+async def test_what_cannot_be_deleted_puts_nothing_else_off(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeper, "SWEEP_EVERY", 0.0)
+    job_id, file = await ended(engine, 11), await engine.upload(b"over")
+    await engine.database.execute("UPDATE files SET expires_at = now()")
+    folder = engine.settings.home / "files" / "artifacts" / str(job_id)
+    folder.parent.mkdir(exist_ok=True)
+    folder.symlink_to(folder)
+    caught = metrics.errors_caught.labels("files")._value
+    before = caught.get()
+
+    async with asyncio.TaskGroup() as tasks:
+        sweeping = tasks.create_task(sweeper.Sweeper(retention(engine), engine.uploads).run())
+        await until(lambda: engine.database.fetchval("SELECT NOT EXISTS (SELECT FROM files)"))
+        assert await left(engine) == {job_id}
+        assert caught.get() > before
+        folder.unlink()
+
+        async def empty() -> bool:
+            return not await left(engine)
+
+        await until(empty)
+        sweeping.cancel()
+
+    with pytest.raises(NotFound):
+        await anext(engine.files.read(file.parts[0][0]))
 
 
 async def test_of_each_tenant_as_many_are_kept_as_are_allowed(engine: Engine) -> None:
