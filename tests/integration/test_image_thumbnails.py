@@ -177,6 +177,23 @@ async def test_a_zip_with_more_bytes_than_may_be_is_refused(engine: Engine, monk
         await found(engine, zipped(dict.fromkeys("abcd", PHOTO)))
 
 
+async def test_an_image_that_is_packed_larger_than_may_be_is_not_read(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the directory says that it is small once it is unpacked."""
+    monkeypatch.setattr(image_files, "MAX_IMAGE", 1000)
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("1.jpg", os.urandom(5000))
+        archive.infolist()[0].file_size = 100
+
+    [picture] = await found(engine, out.getvalue())
+
+    assert picture.refusal is not None
+    assert picture.refusal.endswith("bytes, more than 1,000.")
+    assert [data async for _, data in read([picture])] == [b""]
+
+
 async def test_a_directory_that_is_longer_than_may_be_is_refused(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from headway.errors import BadRequest, TooLarge
+from headway.errors import BadRequest, TooLarge, TooSlow
+from services.web.api import bodies
 from services.web.api.bodies import Body, Disconnected, parse
 
 TEXT = st.text(st.characters(exclude_characters="\0", codec="utf-8"))
@@ -104,6 +105,19 @@ async def test_a_client_that_leaves_is_told_from_one_that_has_finished() -> None
         async for chunk in arriving(b"ab", b"cd", whole=False).chunks():
             received.append(chunk)
     assert received == [b"ab", b"cd"]
+
+
+async def test_nobody_waits_for_a_body_that_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "STALLED", 0.01)
+
+    async def never() -> dict[str, Any]:
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    async with asyncio.timeout(5):
+        with pytest.raises(TooSlow):
+            await Body(never, 100).whole(100)
+        with pytest.raises(TooSlow):
+            await anext(Body(never, 100).chunks())
 
 
 async def test_what_is_discarded_is_read_to_its_end_or_for_a_while() -> None:

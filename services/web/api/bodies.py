@@ -11,7 +11,7 @@ from headway.errors import BadRequest, TooLarge, TooSlow
 from headway.files import CutOff
 
 DEEPEST = 64
-# Seconds without a byte of a body that is streamed, after which nobody waits for more.
+# Seconds without a byte of a body, after which nobody waits for more.
 STALLED = 60.0
 TOO_DEEP = f"The body is nested past {DEEPEST} levels."
 
@@ -35,16 +35,15 @@ class Body:
     async def chunks(self) -> AsyncIterator[bytes]:
         """Every chunk once. Raises Disconnected if the client goes away first, TooSlow if it sends nothing for long."""
         while not self.read:
-            try:
-                async with asyncio.timeout(STALLED):
-                    chunk = await self._next()
-            except TimeoutError:
-                raise TooSlow(f"No more of the body came for {STALLED:.0f} seconds; send it again.") from None
-            if chunk:
+            if chunk := await self._next():
                 yield chunk
 
     async def _next(self) -> bytes:
-        message = await self._receive()
+        try:
+            async with asyncio.timeout(STALLED):
+                message = await self._receive()
+        except TimeoutError:
+            raise TooSlow(f"No more of the body came for {STALLED:.0f} seconds; send it again.") from None
         if message["type"] == "http.disconnect":
             raise Disconnected
         self.read = not message.get("more_body", False)
@@ -63,7 +62,7 @@ class Body:
             pass
 
     async def whole(self, limit: int) -> bytes:
-        """All of it in memory. Raises TooLarge past `limit` bytes."""
+        """All of it in memory. Raises TooLarge past `limit` bytes, else as `chunks`."""
         held = bytearray()
         while not self.read and (self.length or 0) <= limit and len(held) <= limit:
             held += await self._next()

@@ -159,7 +159,8 @@ def _fault(member: zipfile.ZipInfo, path: str) -> str | None:
 
 
 def _picture(member: zipfile.ZipInfo, file: InputFile) -> Picture:
-    refusal = _too_large(member.file_size)
+    # What is packed is held in memory too.
+    refusal = _too_large(max(member.file_size, member.compress_size))
     if member.flag_bits & ENCRYPTED:
         refusal = "It is encrypted; make the zip without a password."
     elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
