@@ -137,6 +137,11 @@ class Files:
         except (BaseError, OSError) as error:
             raise _no_storage(error) from error
 
+    async def settle(self, key: str) -> None:
+        """Returns once what is kept under `key` outlasts a loss of power. Raises NoStorage."""
+        with _reachable():
+            await self._place.settle(key)
+
     async def delete(self, keys: Sequence[str]) -> None:
         """Forget what is kept under `keys`; those that do not exist are passed over."""
         for key in keys:

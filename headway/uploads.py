@@ -219,7 +219,11 @@ class Uploads:
                 raise await self._over_quota(upload.tenant_id, "the file does not fit")
             if time.monotonic() > renew_at:
                 renew_at = time.monotonic() + RENEW_EVERY
-                await self._store.renew(upload.id, WAIT)
+                try:
+                    await self._store.renew(upload.id, WAIT)
+                except OUTAGES as error:
+                    # It may wait for several of these; what comes after it finds out at the end.
+                    log.warning("an upload was not renewed; the next time follows", error=repr(error))
             yield chunk
 
     async def _finish(self, upload: Upload, key: str, stored: Stored) -> File:

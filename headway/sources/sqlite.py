@@ -42,8 +42,9 @@ class SqliteReader:
 
     def __init__(self, name: str, url: str, pool: int) -> None:
         self._name = name
+        self._path = path(url)
         # Twice, for `databases` takes one off: a `?` or `%` of the file's name must reach SQLite as that.
-        place = quote(quote(str(path(url))))
+        place = quote(quote(str(self._path)))
         self._url = f"{urlsplit(url).scheme}:///file:{place}?mode=ro"
         self._places = asyncio.Semaphore(pool)
         self._idle: list[_Held] = []
@@ -74,11 +75,23 @@ class SqliteReader:
     async def _held(self) -> AsyncIterator["_Held"]:
         async with self._places:
             with _errors(self._name):
-                held = self._idle.pop() if self._idle else await _Held.open(self._url)
+                file = await asyncio.to_thread(self._file)
+                # A file that was put in its place since is another database.
+                while self._idle and self._idle[-1].file != file:
+                    await self._idle.pop().close()
+                held = self._idle.pop() if self._idle else await _Held.open(self._url, file)
             try:
                 yield held
             finally:
                 self._idle.append(held)
+
+    def _file(self) -> tuple[int, int]:
+        """What tells the file that has the name now from others."""
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise SourceUnavailable(f"The source {self._name!r} cannot be opened.") from error
+        return found.st_dev, found.st_ino
 
 
 class _ReadOnly(sqlite3.Connection):
@@ -95,16 +108,17 @@ class _ReadOnly(sqlite3.Connection):
 class _Held:
     """A connection that stays open. `stop` ends what it runs."""
 
-    def __init__(self, connection: "Connection") -> None:
+    def __init__(self, connection: "Connection", file: tuple[int, int]) -> None:
         self.raw: aiosqlite.Connection = connection.raw_connection
+        self.file = file
         self.stop = False
         self._connection = connection
 
     @classmethod
-    async def open(cls, url: str) -> "_Held":
+    async def open(cls, url: str, file: tuple[int, int]) -> "_Held":
         # A Database for each connection: it lends one only to the task that asked for it.
         database = Database(url, uri=True, factory=_ReadOnly)
-        held = cls(await database.connection().__aenter__())
+        held = cls(await database.connection().__aenter__(), file)
         await held.raw.set_progress_handler(lambda: held.stop, LOOK_EVERY)
         return held
 

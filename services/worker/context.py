@@ -183,6 +183,8 @@ class Context(JobContext):
         try:
             async with self._parts.files.writer(key) as writer:
                 yield writer
+            # The end of the job is to outlast a loss of power with what it names.
+            await self._parts.files.settle(key)
         except BaseException:
             self._names.discard(name)
             raise

@@ -180,6 +180,18 @@ async def test_what_arrived_before_the_connection_broke_is_kept(http: httpx.Asyn
     assert await content(http, path) == data
 
 
+async def test_an_upload_whose_place_its_client_never_learns_keeps_no_room(
+    http: httpx.AsyncClient, settings: Settings, database: asyncpg.Connection
+) -> None:
+    begun = {**BYTES, "Upload-Length": "10"}
+    wrong = await http.post(UPLOADS, content=b"01234", headers={**begun, "Upload-Checksum": f"sha1 {b64(bytes(20))}"})
+    refused(wrong, 460, "checksum-mismatch")
+    refused(await http.post(UPLOADS, content=b"0123456789a", headers=begun), 413, "too-large")
+
+    assert await database.fetchval("SELECT stored FROM tenants") == 0
+    assert kept(settings) == []
+
+
 async def test_what_cannot_be_held_against_its_checksum_is_not_kept(
     http: httpx.AsyncClient, settings: Settings
 ) -> None:

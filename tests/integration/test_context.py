@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -475,6 +476,24 @@ async def test_two_artifacts_cannot_have_one_name_even_at_the_same_time(job: Con
             pass
 
     assert [artifact.name for artifact in job.artifacts] == ["out.csv"]
+
+
+async def test_an_artifact_is_on_disk_before_its_job_can_end(
+    engine: Engine, job: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, sync = set(), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    async with job.artifact("out.csv") as out:
+        await out.write(b"kept")
+
+    [artifact] = job.artifacts
+    path = engine.settings.home / "files" / artifact.key
+    assert {path.stat().st_ino, path.parent.stat().st_ino} <= synced
 
 
 async def test_an_artifact_that_went_wrong_leaves_nothing_and_its_name_is_free(engine: Engine, job: Context) -> None:

@@ -5,6 +5,7 @@ import json
 import sqlite3
 import time
 from collections.abc import AsyncIterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,15 @@ async def test_what_takes_too_long_is_ended_in_postgres(
     assert time.monotonic() - began < 10
     assert await source.fetchval(f"SELECT count(*) FROM pg_stat_activity WHERE {OURS} AND state = 'active'") == 0
     assert (await ask(http, "SELECT 1"))["rows"] == [[1]]
+
+
+async def test_a_file_that_is_put_in_the_place_of_another_is_read(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    assert (await ask(http, "SELECT count(*) FROM t", source="lite"))["rows"] == [[2]]
+    with closing(sqlite3.connect(tmp_path / "new.db")) as new:
+        new.execute("CREATE TABLE t (id)")
+    (tmp_path / "new.db").replace(tmp_path / "a %b?.db")
+
+    assert (await ask(http, "SELECT count(*) FROM t", source="lite"))["rows"] == [[0]]
 
 
 async def test_what_takes_too_long_is_ended_in_sqlite(http: httpx.AsyncClient) -> None:

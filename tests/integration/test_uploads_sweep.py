@@ -160,6 +160,27 @@ async def test_a_slow_upload_in_one_request_is_not_given_up(engine: Engine, monk
     assert file.size == 2
 
 
+async def test_an_outage_while_an_upload_comes_does_not_end_it(
+    servers: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads_module, "RENEW_EVERY", 0.0)
+    async with (
+        make_engine(servers, tmp_path) as engine,
+        behind_proxy(engine.settings) as (proxy, settings),
+        parts(settings, engine.tenant, engine.database) as cut,
+    ):
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"0"
+            lost = proxy.cut_reply()
+            yield b"1"
+            assert lost.done()
+            yield b"2"
+
+        file = await cut.uploads.receive(engine.tenant.id, "a", "a/b", slow(), size=3)
+        assert file.size == 3
+
+
 async def test_a_file_may_name_its_time_also_when_it_arrives_in_pieces(engine: Engine) -> None:
     until = datetime(2099, 1, 1, tzinfo=UTC)
     upload = await engine.uploads.create(engine.tenant.id, "a", "a/b", 2, keep_until=until)

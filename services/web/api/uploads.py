@@ -14,6 +14,7 @@ from django.utils.http import http_date
 from ninja import Router
 
 from headway.errors import BadRequest, Conflict, Problem, WrongType, WrongVersion
+from headway.files import CutOff
 from headway.job import Upload
 from headway.uploads import Checksum
 from services.web.api.answers import answer, refuse
@@ -93,7 +94,12 @@ async def create_upload(request: ApiRequest) -> HttpResponse:
         keep_until=wanted.expires,
     )
     if first:
-        upload = await request.app.uploads.append(upload, request.incoming.chunks(), checksum=checksum)
+        try:
+            upload = await request.app.uploads.append(upload, request.incoming.chunks(), checksum=checksum)
+        except (Problem, CutOff):
+            # The client never learns where it is, so nobody will go on with it.
+            await request.app.uploads.delete(upload)
+            raise
     else:
         await request.load()
     return HttpResponse(status=201, headers={"Location": f"/api/v1/uploads/{upload.id}", **_headers(upload)})
