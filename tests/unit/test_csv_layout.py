@@ -1,7 +1,7 @@
 import pytest
 
 from headway import Fatal
-from services.worker.kinds.csv_layout import Layout, column_names, read_layout
+from services.worker.kinds.csv_layout import Dialect, Layout, column_names, read_layout
 
 
 def layout(head: bytes) -> Layout:
@@ -19,6 +19,31 @@ def test_the_delimiter_is_found(delimiter: str) -> None:
 
     assert found.dialect.delimiter == delimiter
     assert found.titles == rows[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "quote", "escape"),
+    [
+        (b"1,'x,y'\n2,z\n", "'", None),
+        (b'1,"x\\",y"\n2,z\n', '"', "\\"),
+        (b"1,x\\,y\n2,z\n", '"', "\\"),
+        (b"1,'it\\'s, x'\n", "'", "\\"),
+        # Nothing is wrong with these as they are.
+        (b"1,'x'\n2,z\n", '"', None),
+        (b"C:\\,x\n", '"', None),
+        (b'1,"it\'s, x"\n', '"', None),
+        # Nothing makes rows of all of these.
+        (b"1,'x,y'\n2\n", '"', None),
+        (b'1,"x"y\n', '"', None),
+    ],
+)
+def test_quote_and_escape_are_found_where_the_usual_ones_make_no_rows(
+    rows: bytes, quote: str, escape: str | None
+) -> None:
+    found = layout(b"a,b\n" + rows)
+
+    assert (found.dialect.delimiter, found.dialect.quote, found.dialect.escape) == (",", quote, escape)
+    assert read_layout(b"a,b\n" + rows, whole=True, quote='"').dialect == Dialect()
 
 
 def test_decimal_commas_are_not_delimiters() -> None:

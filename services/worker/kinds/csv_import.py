@@ -12,7 +12,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from headway import Fatal, JobContext, kind
-from services.worker.kinds.csv_layout import MAX_COLUMNS, Layout, read_layout
+from services.worker.kinds.csv_layout import MAX_COLUMNS, Dialect, Layout, read_layout
 from services.worker.kinds.csv_position import Position
 from services.worker.kinds.csv_rejects import Rejects
 from services.worker.kinds.csv_rows import RowReader
@@ -51,7 +51,11 @@ class ImportInput(BaseModel):
     delimiter: str | None = Field(
         None, min_length=1, max_length=1, description="Found by itself if left out, among comma, semicolon, tab and |."
     )
-    quote: str = Field('"', max_length=1, description="What fields are quoted with; empty if nothing is.")
+    quote: str | None = Field(
+        None,
+        max_length=1,
+        description="What fields are quoted with; empty if nothing is. Found if left out, like escape.",
+    )
     escape: str | None = Field(
         None,
         min_length=1,
@@ -97,7 +101,7 @@ class ImportInput(BaseModel):
 
     @model_validator(mode="after")
     def _told_apart(self) -> "ImportInput":
-        marks = [mark for mark in (self.delimiter, self.quote, self.escape) if mark]
+        marks = [mark for mark in (self.delimiter, '"' if self.quote is None else self.quote, self.escape) if mark]
         if len(set(marks)) < len(marks) or self.delimiter == '"':
             raise ValueError('delimiter, quote and escape must differ, and the delimiter be no "')
         return self
@@ -136,6 +140,9 @@ async def import_csv(job: JobContext, input: ImportInput) -> ImportResult:
             there.opened(url, input.source, target, job.id) as table,
         ):
             layout = await _layout(text, input)
+            dialect = layout.dialect
+            if input.quote is None and input.escape is None and dialect != Dialect(dialect.delimiter):
+                await job.log(f"Read with the quote {dialect.quote} and the escape {dialect.escape or '(none)'}.")
             end = await _Import(job, text, layout, rejects, table).run()
     except BaseException as error:
         if isinstance(error, Fatal) or job.interruption == "cancelled":

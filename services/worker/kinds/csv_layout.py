@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from _csv import Reader
 
 DELIMITERS = ",;\t|"
+# What else files are quoted and escaped with, if the usual way does not make rows of them.
+UNUSUAL = (('"', "\\"), ("'", None), ("'", "\\"))
 MAX_COLUMNS = 1600
 RECORD_LIMIT = 1 << 20
 _NAME_BYTES = 63
@@ -86,7 +88,7 @@ def read_layout(
     *,
     whole: bool,
     delimiter: str | None = None,
-    quote: str = '"',
+    quote: str | None = None,
     escape: str | None = None,
     header: bool = True,
     types: Mapping[str, ColumnType] | None = None,
@@ -94,6 +96,7 @@ def read_layout(
     """The layout of a file that begins with `head`, or is no longer than that if `whole`.
 
     The first line that is not blank is the header; without a `header` it is the first row, and columns have numbers.
+    A delimiter that is not given is found, and so are quote and escape if neither is.
     `types` are those of columns by their names. Raises Fatal, saying what to do, if there is no header that can be
     read, or no column of such a name.
     """
@@ -107,13 +110,13 @@ def read_layout(
         raise Fatal("The file is empty. Upload a CSV file with a header row.")
     lines = list(io.StringIO(head[text_start:].decode("utf-8", "surrogateescape"), newline=""))
     # Marks that are given may be control characters.
-    marks = dict.fromkeys(map(ord, f"{delimiter or ''}{quote}{escape or ''}"))
+    marks = dict.fromkeys(map(ord, f"{delimiter or ''}{quote or ''}{escape or ''}"))
     _require_text(lines[0].translate(marks))
     if not whole:
         lines.pop()
     if not lines:
         raise Fatal(f"The header row is longer than {len(head):,} bytes. Shorten it, or check the file.")
-    dialect = Dialect(delimiter or _delimiter(lines, quote, escape), quote, escape)
+    dialect = _dialect(lines, delimiter, quote, escape)
     titles, count = _header(lines, dialect)
     first = "".join(lines[:count])
     _require_text(first.translate(marks))
@@ -174,6 +177,29 @@ def _require_text(header: str) -> None:
         ) from None
     if _CONTROL.search(header):
         raise Fatal("The file is binary, not CSV. Save it as CSV in UTF-8 and upload that.")
+
+
+def _dialect(lines: Sequence[str], delimiter: str | None, quote: str | None, escape: str | None) -> Dialect:
+    """The usual one, unless only another makes all of the first rows as long as the header."""
+    usual = Dialect(delimiter or _delimiter(lines, quote or '"', escape), '"' if quote is None else quote, escape)
+    if quote is not None or escape is not None or _agrees(lines, usual):
+        return usual
+    # Quotes that are wrong must not become text of a file with others.
+    doubled = any('"' in line for line in lines)
+    others = [
+        Dialect(delimiter or _delimiter(lines, *marks), *marks)
+        for marks in UNUSUAL
+        if (delimiter is None or delimiter not in marks) and (marks[0] == '"' or not doubled)
+    ]
+    return next((dialect for dialect in others if _agrees(lines, dialect)), usual)
+
+
+def _agrees(lines: Sequence[str], dialect: Dialect) -> bool:
+    try:
+        rows = [row for row in islice(dialect.rows(lines), _SAMPLE_LINES) if row]
+    except csv.Error:
+        return False
+    return len(rows[0]) > 1 and len(set(map(len, rows))) == 1
 
 
 def _delimiter(lines: Sequence[str], quote: str, escape: str | None) -> str:
