@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.worker.kinds.http_turns import Deadlines, Turns
+from headway.fetching.deadlines import Deadlines
+from services.worker.kinds.http_turns import Turns
 
 hosts = st.sampled_from(["a", "b.example", "b.example:8080", "[::1]"])
 urls = st.lists(hosts.map(lambda host: f"http://{host}/path"), max_size=40)

@@ -11,9 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json, to_json
 
 from headway import JobContext, kind, settings
+from headway.fetching.deadlines import Deadlines
+from headway.fetching.fetcher import Fetcher, Record
+from headway.fetching.requests import Request
+from headway.fetching.session import open_session
 from headway.kinds import ArtifactWriter
-from services.worker.kinds.http_client import Fetcher, Record, open_session
-from services.worker.kinds.http_turns import Deadlines, Turns
+from services.worker.kinds.http_turns import Turns
 from services.worker.kinds.saved import Saved
 
 TEXT_BYTES = 1 << 20
@@ -109,7 +112,7 @@ async def _fetch_rest(
     async def work() -> None:
         while True:
             index, host = await turns.take()
-            await finished.put(await fetcher.fetch(index, input.urls[index]))
+            await finished.put(await fetcher.fetch(Request(index, input.urls[index])))
             turns.give_back(host)
 
     async def report() -> None:
