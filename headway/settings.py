@@ -25,6 +25,7 @@ from pydantic import (
 )
 
 from headway.errors import InvalidSettings
+from headway.fetching.requests import unsendable
 
 
 def _items(value: object) -> object:
@@ -54,6 +55,15 @@ def _origins(value: tuple[str, ...]) -> tuple[str, ...]:
                 f"{origin[:100]!r} is not an origin as browsers send it, such as https://app.example: scheme and host "
                 "in small letters, a port only if it is not the usual one, no slash at the end"
             )
+    return value
+
+
+def _credentials(value: dict[str, dict[str, SecretStr]]) -> dict[str, dict[str, SecretStr]]:
+    _origins(tuple(value))
+    for origin, headers in value.items():
+        for name, secret in headers.items():
+            if why := unsendable(name, secret.get_secret_value()):
+                raise ValueError(f"of {origin}, {why}")
     return value
 
 
@@ -186,10 +196,32 @@ class Settings(BaseModel):
         1_000_000, ge=1, description="Ended jobs that are kept of each tenant; of more the oldest are deleted."
     )
     fetch_allow: Annotated[tuple[IPv4Network | IPv6Network, ...], BeforeValidator(_networks)] = Field(
-        (), description="Private networks that `http.fetch` may reach, separated by commas: `10.1.0.0/16`."
+        (),
+        description="Private networks that `http.fetch` and `POST /fetch` may reach, separated by commas: "
+        "`10.1.0.0/16`.",
+    )
+    fetch_credentials: Annotated[
+        dict[str, dict[str, SecretStr]], BeforeValidator(_mapping), AfterValidator(_credentials)
+    ] = Field(
+        default_factory=dict,
+        description="Headers of requests to an origin, which no job and no log has, JSON: "
+        '`{"https://api.example": {"Authorization": "Bearer …"}}`. All tenants\' requests to it carry them.',
+    )
+    fetch_timeout: float = Field(30, gt=0, le=600, description="Longest time of `POST /fetch`.")
+    fetch_bytes: int = Field(4 << 20, ge=1024, description="Most bytes of bodies that `POST /fetch` answers with.")
+    fetch_requests: int = Field(
+        10, ge=1, description="Calls of `POST /fetch` that a tenant may have under way in one web process."
     )
     log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for people.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
+
+    @property
+    def credentials(self) -> dict[str, dict[str, str]]:
+        """`fetch_credentials` in the clear, to be handed to nothing but a Fetcher."""
+        return {
+            origin: {name: secret.get_secret_value() for name, secret in headers.items()}
+            for origin, headers in self.fetch_credentials.items()
+        }
 
     @property
     def files_location(self) -> str:

@@ -17,6 +17,7 @@ from headway.store.sets import SetStore
 from headway.uploads import Uploads
 from services.web.api.auth import Keyring
 from services.web.api.catalog import Catalog
+from services.web.api.fetches import Fetching
 from services.web.api.tickets import Tickets
 from services.web.live.hub import Hub
 from services.web.live.jobs import Jobs
@@ -42,6 +43,7 @@ class App:
     files: Files
     uploads: Uploads
     sources: Sources
+    fetching: Fetching
     keyring: Keyring
     tickets: Tickets
     presence: Presence
@@ -83,6 +85,7 @@ class App:
             files=files,
             uploads=Uploads.of(settings, store, files),
             sources=Sources(settings.sources, pool=settings.source_pool),
+            fetching=Fetching(settings),
             keyring=keyring,
             tickets=Tickets(jobs.redis, keyring),
             presence=presence,
@@ -100,6 +103,7 @@ class App:
         await self.sessions.close()
         await self.hub.close()
         await self.sources.close()
+        await self.fetching.close()
         await self.lifecycle.close()
         await self.queue.close()
         await self.events.close()

@@ -12,7 +12,7 @@ from ninja.openapi.schema import OpenAPISchema
 from ninja.operation import Operation
 from ninja.parser import Parser
 
-from services.web.api import artifacts, events, files, jobs, kinds, queries, rooms, schedules, tickets, uploads
+from services.web.api import artifacts, events, fetches, files, jobs, kinds, queries, rooms, schedules, tickets, uploads
 from services.web.api.answers import on_exception
 from services.web.api.bodies import parse
 from services.web.live import page
@@ -66,6 +66,7 @@ api.add_router("/schedules", schedules.router)
 api.add_router("/rooms", rooms.router)
 api.add_router("/ws-tickets", tickets.router)
 api.add_router("/query", queries.router)
+api.add_router("/fetch", fetches.router)
 
 admin.site.site_header = admin.site.site_title = "Headway"
 admin.site.index_title = "Operations"

@@ -1,118 +1,27 @@
 """The kind http.fetch against a real server on loopback, through the real service."""
 
 import asyncio
-import gzip
 import hashlib
 import json
 import socket
-from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from aiohttp import web
 from prometheus_client import REGISTRY
 
 from tests.conftest import Service, until
+from tests.site import MIB, Site, serving
 
-MIB = 1 << 20
 Lines = dict[int, dict[str, Any]]
-
-
-@dataclass
-class Site:
-    """A web server, and what it saw."""
-
-    port: int = 0
-    now: Counter[str] = field(default_factory=Counter)
-    most: Counter[str] = field(default_factory=Counter)
-    order: list[str] = field(default_factory=list)
-    agents: set[str] = field(default_factory=set)
-    cookies: list[str] = field(default_factory=list)
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
-    held: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def url(self, path: str, host: str = "127.0.0.1") -> str:
-        return f"http://{host}:{self.port}{path}"
 
 
 @pytest.fixture
 async def site() -> AsyncIterator[Site]:
-    site = Site()
-    packed = await asyncio.to_thread(gzip.compress, bytes(64 * MIB))
-
-    @web.middleware
-    async def watch(request: web.Request, handler: Any) -> web.StreamResponse:
-        site.order.append(request.path)
-        site.agents.add(request.headers["User-Agent"])
-        site.cookies.append(request.headers.get("Cookie", ""))
-        host = request.host.partition(":")[0]
-        site.now[host] += 1
-        site.most[host] = max(site.most[host], site.now[host])
-        try:
-            return await handler(request)
-        finally:
-            site.now[host] -= 1
-
-    async def page(request: web.Request) -> web.Response:
-        return web.Response(text=f"page {request.match_info['name']}", headers={"Set-Cookie": "seen=1"})
-
-    async def status(request: web.Request) -> web.Response:
-        return web.Response(status=int(request.match_info["code"]))
-
-    async def to(request: web.Request) -> web.Response:
-        return web.Response(status=302, headers={"Location": request.query["url"]}, text="over there")
-
-    async def bomb(_: web.Request) -> web.Response:
-        return web.Response(body=packed, headers={"Content-Encoding": "gzip"})
-
-    async def not_gzip(_: web.Request) -> web.Response:
-        return web.Response(body=b"plain", headers={"Content-Encoding": "gzip"})
-
-    async def latin(request: web.Request) -> web.Response:
-        return web.Response(body="café".encode("latin-1"), headers={"Content-Type": request.query["type"]})
-
-    async def endless(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse()
-        await response.prepare(request)
-        try:
-            while True:
-                await response.write(bytes(65536))
-        finally:
-            site.gone.set()
-
-    async def short(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Length": "1000"})
-        await response.prepare(request)
-        await response.write(b"not all of it")
-        assert request.transport is not None
-        request.transport.close()
-        return response
-
-    async def many_headers(_: web.Request) -> web.Response:
-        return web.Response(headers={f"X-{number}": "v" * 4000 for number in range(20)})
-
-    async def hold(_: web.Request) -> web.Response:
-        await site.held.wait()
-        return web.Response()
-
-    app = web.Application(middlewares=[watch])
-    app.router.add_get("/page/{name}", page)
-    app.router.add_get("/status/{code}", status)
-    for handler in (to, bomb, not_gzip, latin, endless, short, many_headers):
-        app.router.add_get(f"/{handler.__name__.replace('_', '-')}", handler)
-    app.router.add_get("/hold/{number}", hold)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    site.port = runner.addresses[0][1]
-    await web.TCPSite(runner, "127.0.0.2", site.port).start()
-    yield site
-    site.held.set()
-    await runner.cleanup()
+    async with serving() as site:
+        yield site
 
 
 @contextmanager

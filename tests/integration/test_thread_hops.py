@@ -142,6 +142,7 @@ async def test_a_thousand_requests_of_all_sorts_make_no_hop(api: Api, monkeypatc
         (422, ("GET", "/api/v1/jobs?limit=x")),
         (200, ("POST", "/api/v1/query", b'{"sql": "SELECT 1"}')),
         (422, ("POST", "/api/v1/query", b'{"sql": "SELECT 1; SELECT 2"}')),
+        (200, ("POST", "/api/v1/fetch", b'{"urls": ["http://10.0.0.1/", "https://[::1]:1/"]}')),
     ]
     with hops(monkeypatch) as counted:
         for _ in range(53):

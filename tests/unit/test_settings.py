@@ -132,3 +132,25 @@ def test_the_loopback_has_several_names() -> None:
     for host in ("127.0.0.1", "localhost:5432", "[::1]"):
         with pytest.raises(InvalidSettings, match="HEADWAY_SOURCES"):
             load(own | {"HEADWAY_SOURCES": f'{{"default": "postgresql://{host}/headway"}}'})
+
+
+def test_credentials_belong_to_an_origin_and_are_not_shown() -> None:
+    def given(value: str) -> dict[str, str]:
+        return LEAST | {"HEADWAY_FETCH_CREDENTIALS": value}
+
+    settings = load(given('{"https://api.example": {"Authorization": "Bearer hunter2", "X-Api-Key": "hunter2"}}'))
+    assert settings.credentials["https://api.example"]["Authorization"] == "Bearer hunter2"
+    assert "hunter2" not in repr(settings)
+    for wrong in (
+        '{"api.example": {"X-Api-Key": "hunter2"}}',
+        '{"https://api.example/": {"X-Api-Key": "hunter2"}}',
+        '{"https://API.example": {"X-Api-Key": "hunter2"}}',
+        '{"https://api.example": {"X-Api-Key": "hunter2\\n"}}',
+        '{"https://api.example": {"Host": "hunter2"}}',
+        '{"https://api.example": {"": "hunter2"}}',
+        '{"https://api.example": "hunter2"}',
+        '{"https://api.example": {"X-Api-Key": "hunter2"}',
+    ):
+        with pytest.raises(InvalidSettings, match="HEADWAY_FETCH_CREDENTIALS") as error:
+            load(given(wrong))
+        assert "hunter2" not in str(error.value)

@@ -56,7 +56,10 @@ def problem(error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
     if isinstance(error, ValidationError):
-        errors = [{"field": _field(item["loc"]), "message": item["msg"]} for item in error.errors]
+        errors = [
+            {"field": _field(item["loc"]), "message": item["msg"].removeprefix("Value error, ")}
+            for item in error.errors
+        ]
         return InvalidRequest(f"{errors[0]['field']}: {errors[0]['message']}.", errors=errors)
     if isinstance(error, HttpError):
         # What our parser raised, django-ninja wraps.

@@ -1,6 +1,5 @@
 """`/jobs`: submit, read, cancel, retry."""
 
-import asyncio
 import base64
 import re
 import time
@@ -28,7 +27,6 @@ from headway.job import (
 from headway.states import JobState
 from headway.submission import NewJob
 from services.web.api.answers import answer, not_modified
-from services.web.api.bodies import Disconnected
 from services.web.api.request import ApiRequest
 from services.web.live.waits import LONGEST
 
@@ -305,17 +303,7 @@ def _no_job(job_id: UUID) -> NotFound:
 
 async def _end(request: ApiRequest, job_id: UUID, seconds: float) -> Job | None:
     """The job once it has ended, or as it is after so many seconds. Raises Disconnected once nobody waits any more."""
-    ending = asyncio.create_task(request.app.waits.ended(job_id, request.auth.tenant_id, seconds))
-    leaving = asyncio.create_task(request.incoming.left())
-    try:
-        await asyncio.wait({ending, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if ending.done():
-            return ending.result()
-        raise Disconnected
-    finally:
-        ending.cancel()
-        leaving.cancel()
-        await asyncio.gather(ending, leaving, return_exceptions=True)
+    return await request.unless_left(request.app.waits.ended(job_id, request.auth.tenant_id, seconds))
 
 
 def _preferred_wait(request: ApiRequest) -> float | None:

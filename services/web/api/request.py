@@ -1,16 +1,20 @@
 """The request as the API's views see it."""
 
-from typing import TYPE_CHECKING, Any
+import asyncio
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from django.core.handlers.asgi import ASGIRequest
 from pydantic import BaseModel
 
 from headway.errors import BadRequest, InvalidRequest
 from services.web.api.auth import Principal
-from services.web.api.bodies import Body, Receive
+from services.web.api.bodies import Body, Disconnected, Receive
 
 if TYPE_CHECKING:
     from services.web.app import App
+
+T = TypeVar("T")
 
 
 class ApiRequest(ASGIRequest):
@@ -52,3 +56,17 @@ class ApiRequest(ASGIRequest):
     async def load(self) -> None:
         """Read the body into memory, where django-ninja looks for it. Raises TooLarge or Disconnected."""
         self._body = await self.incoming.whole(self.app.settings.max_body)
+
+    async def unless_left(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` returns. If the client goes away before, it is cancelled, and Disconnected raised."""
+        working = asyncio.create_task(work)
+        leaving = asyncio.create_task(self.incoming.left())
+        try:
+            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            raise Disconnected
+        finally:
+            working.cancel()
+            leaving.cancel()
+            await asyncio.gather(working, leaving, return_exceptions=True)
