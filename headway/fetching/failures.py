@@ -15,6 +15,9 @@ class FetchError(Exception):
         super().__init__(message)
         self.type = type
 
+    def as_json(self) -> dict[str, str]:
+        return {"type": self.type, "message": str(self)}
+
 
 def explain(error: Exception) -> FetchError:  # noqa: PLR0911 - a table with an order
     """The error in stable words. None of them tells what a name resolved to."""

@@ -35,7 +35,23 @@ CHARSET = re.compile(
 Record = dict[str, Any]
 # Headers by origin, as `https://api.example`.
 Credentials = Mapping[str, Mapping[str, str]]
-FIELDS = {"digest": "sha256", "text": "body", "base64": "body"}
+FIELDS = {"digest": "sha256", "text": "body", "base64": "body", "archive": "body"}
+
+
+def blank(request: Request, kept: Kept) -> Record:
+    """The record of a request that has not been made."""
+    record: Record = {
+        "index": request.index,
+        "url": request.url,
+        "final_url": None,
+        "status": None,
+        "headers": {},
+        "ms": 0.0,
+        "bytes": 0,
+    }
+    if kept in FIELDS:
+        record[FIELDS[kept]] = None
+    return record | {"error": None}
 
 
 @dataclass(slots=True)
@@ -53,19 +69,8 @@ class Fetcher:
     room: int | None = None
 
     async def fetch(self, request: Request) -> Record:
-        """The record of one request, as its line says it."""
-        record: Record = {
-            "index": request.index,
-            "url": request.url,
-            "final_url": None,
-            "status": None,
-            "headers": {},
-            "ms": 0.0,
-            "bytes": 0,
-        }
-        if self.kept in FIELDS:
-            record[FIELDS[self.kept]] = None
-        record["error"] = None
+        """The record of one request, as its line says it; with `archive` its `body` is bytes."""
+        record = blank(request, self.kept)
         started = time.perf_counter()
         try:
             with self.deadlines:
@@ -76,7 +81,7 @@ class Fetcher:
                 metrics.ssrf_blocked.inc()
             elif failure.type == "internal":
                 log.exception("fetch failed in an unforeseen way", index=request.index)
-            record["error"] = {"type": failure.type, "message": str(failure)}
+            record["error"] = failure.as_json()
         record["ms"] = round((time.perf_counter() - started) * 1000, 3)
         return record
 
@@ -119,7 +124,7 @@ class Fetcher:
     async def _read(self, response: aiohttp.ClientResponse, record: Record) -> None:
         if response.method != "HEAD" and (response.content_length or 0) > self.max_bytes:
             raise _too_large(self.max_bytes)
-        keeps = self.kept in ("text", "base64")
+        keeps = self.kept in ("text", "base64", "archive")
         kept = bytearray()
         digest = hashlib.sha256()
         while chunk := await response.content.readany():
@@ -137,6 +142,8 @@ class Fetcher:
             record["body"] = _text(kept, response.charset or "utf-8")
         elif self.kept == "base64":
             record["body"] = b64encode(kept).decode()
+        elif self.kept == "archive":
+            record["body"] = bytes(kept)
 
     def _take(self, size: int) -> None:
         if self.room is not None:

@@ -31,8 +31,10 @@ TRANSPORT = frozenset(
 SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
 
 Method = Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
-Kept = Literal["none", "digest", "text", "base64"]
-Url = Annotated[str, Field(max_length=2048, pattern=r"^[Hh][Tt][Tt][Pp][Ss]?://\S+$")]
+# What is kept of the body of an answer; `archive` is its bytes.
+Kept = Literal["none", "digest", "text", "base64", "archive"]
+LONGEST_URL = 2048
+Url = Annotated[str, Field(max_length=LONGEST_URL, pattern=r"^[Hh][Tt][Tt][Pp][Ss]?://\S+$")]
 
 
 def unsendable(name: str, value: str) -> str | None:

@@ -45,7 +45,7 @@ def refusals() -> float:
 
 
 async def submit(service: Service, **input: Any) -> str:
-    accepted = await service.http.post("/api/v1/jobs", json={"kind": "http.fetch", "input": input})
+    accepted = await service.http.post("/api/v1/jobs", json={"kind": "http.fetch", "input": {"tries": 1} | input})
     assert accepted.status_code == 202, accepted.text
     return accepted.headers["Location"]
 
@@ -84,6 +84,7 @@ async def test_a_thousand_urls_are_a_thousand_lines_and_a_summary(service: Servi
         "ok": 990,
         "http_error": 9,
         "failed": 1,
+        "retries": 0,
         "statuses": {"2xx": 990, "4xx": 6, "5xx": 3},
         "errors": {"disconnected": 1},
         "latency_ms": 0,
@@ -104,6 +105,7 @@ async def test_a_thousand_urls_are_a_thousand_lines_and_a_summary(service: Servi
         "bytes": 6,
         "sha256": hashlib.sha256(b"page 7").hexdigest(),
         "error": None,
+        "tries": 1,
     }
     assert line["headers"]["content-type"] == "text/plain; charset=utf-8"
     assert site.agents == {"Headway/0.1.0"}
@@ -123,7 +125,7 @@ async def test_a_url_listed_twice_is_fetched_twice(service: Service, site: Site)
 
     assert site.order == ["/page/1"] * 3
     assert [sorted(line) for line in lines.values()] == [
-        ["bytes", "error", "final_url", "headers", "index", "ms", "status", "url"]
+        ["bytes", "error", "final_url", "headers", "index", "ms", "status", "tries", "url"]
     ] * 3
 
 
@@ -345,9 +347,16 @@ async def test_an_input_that_does_not_fit_is_refused(service: Service) -> None:
         {"urls": urls, "timeout": 121},
         {"urls": urls, "timeout": 0},
         {"urls": urls, "body": "file"},
+        {"urls": urls, "file": "0190b2f4-0000-7000-8000-000000000000"},
+        {"file": "urls.txt"},
+        {"urls": urls, "method": "TRACE"},
+        {"urls": urls, "headers": {"X": 1}},
+        {"urls": urls, "tries": 11},
+        {"urls": urls, "rate": 0},
+        {"urls": urls, "robots": "yes"},
         {"urls": urls, "max_bytes": 0},
         {"urls": urls, "max_bytes": 17 * MIB},
-        {"urls": urls, "headers": {}},
+        {"urls": urls, "proxy": "http://a/"},
     ]
     for input in inputs:
         answer = await service.http.post("/api/v1/jobs", json={"kind": "http.fetch", "input": input})

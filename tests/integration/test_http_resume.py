@@ -13,8 +13,6 @@ from uuid import UUID, uuid4
 
 import pytest
 from aiohttp import web
-from hypothesis import given
-from hypothesis import strategies as st
 
 from headway.embedded import Embedded
 from headway.files import part_key
@@ -23,7 +21,6 @@ from headway.settings import Settings
 from headway.states import JobState
 from services.worker.context import Context, Parts
 from services.worker.kinds.http_fetch import FetchInput, fetch
-from services.worker.kinds.http_turns import Turns
 from services.worker.kinds.saved import MOST_PARTS, Saved
 from services.worker.runner import Attempt
 from tests.conftest import files_below, until
@@ -239,21 +236,3 @@ def test_the_largest_checkpoint_fits_the_smallest_limit() -> None:
     parts = [part_key(uuid4(), 10**6, 10**4) for _ in range(MOST_PARTS)]
 
     assert len(json.dumps({"parts": parts, "seconds": 1e9})) <= Settings.model_fields["max_checkpoint"].default
-
-
-@given(
-    hosts=st.lists(st.sampled_from("abc"), max_size=30),
-    done=st.sets(st.integers(0, 29)),
-    per_host=st.integers(1, 4),
-)
-def test_each_url_that_is_not_done_has_its_turn_once(hosts: list[str], done: set[int], per_host: int) -> None:
-    async def turns() -> list[int]:
-        turns = Turns([f"http://{host}/" for host in hosts], per_host, done)
-        taken = []
-        for _ in range(len(set(range(len(hosts))) - done)):
-            index, host = await asyncio.wait_for(turns.take(), 1)
-            taken.append(index)
-            turns.give_back(host)
-        return taken
-
-    assert sorted(asyncio.run(turns())) == sorted(set(range(len(hosts))) - done)

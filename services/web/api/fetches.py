@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 from uuid import UUID
 
 from django.http import HttpResponse
@@ -15,7 +16,7 @@ from pydantic_core import to_json
 from headway.errors import TooMany
 from headway.fetching.deadlines import Deadlines
 from headway.fetching.fetcher import Fetcher, Record
-from headway.fetching.requests import Asking, Kept, Request, Url
+from headway.fetching.requests import Asking, Request, Url
 from headway.fetching.session import open_session
 from headway.settings import Settings
 from services.web.api.answers import answer
@@ -41,7 +42,7 @@ class Fetch(Asking):
         description="Seconds for all of them. What is not done by then has the error `timeout`. "
         "HEADWAY_FETCH_TIMEOUT if left out, which is also the most.",
     )
-    body: Kept = Field(
+    body: Literal["none", "digest", "text", "base64"] = Field(
         "text", description="What is answered of a body: nothing, its SHA-256, its text, or its bytes in base64."
     )
     max_bytes: int = Field(MOST_BYTES, ge=1, le=MOST_BYTES, description="Largest body in bytes, once decompressed.")

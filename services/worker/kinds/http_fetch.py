@@ -1,196 +1,230 @@
 """`http.fetch`: many URLs, a few at a time, one line of JSON for each."""
 
 import asyncio
-from array import array
 from collections import Counter
-from contextlib import suppress
-from math import ceil
-from typing import Annotated, Literal
+from contextlib import AsyncExitStack, aclosing, suppress
+from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import from_json, to_json
+from pydantic import ConfigDict, Field, model_validator
 
-from headway import JobContext, kind, settings
+from headway import Fatal, JobContext, kind, settings
 from headway.fetching.deadlines import Deadlines
-from headway.fetching.fetcher import Fetcher, Record
-from headway.fetching.requests import Request
+from headway.fetching.failures import FetchError
+from headway.fetching.fetcher import Fetcher, Record, blank
+from headway.fetching.requests import Asking, Kept, Request, Url
 from headway.fetching.session import open_session
-from headway.kinds import ArtifactWriter
+from services.worker.kinds.http_output import FetchResult, Output
+from services.worker.kinds.http_requests import Requests
+from services.worker.kinds.http_retries import wait_before
+from services.worker.kinds.http_robots import Robots
+from services.worker.kinds.http_rows import Format
 from services.worker.kinds.http_turns import Turns
 from services.worker.kinds.saved import Saved
 
 TEXT_BYTES = 1 << 20
 BODY_BYTES = 16 << 20
+# Bodies for the archive that are in memory at a time.
+ARCHIVE_BYTES = 128 << 20
+# An archive's directory is held in memory.
+ARCHIVE_FILES = 10_000
 LAST_SAVE = 3.0
 
-Url = Annotated[str, Field(max_length=2048, pattern=r"^[Hh][Tt][Tt][Pp][Ss]?://\S+$")]
 
+class FetchInput(Asking):
+    # The API holds inputs against the schema, so that it says so as well.
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"oneOf": [{"required": ["urls"]}, {"required": ["file"]}]}
+    )
 
-class FetchInput(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    urls: list[Url] = Field(min_length=1, max_length=10_000, description="What to fetch, http or https.")
+    urls: list[Url] = Field(
+        default_factory=list,
+        min_length=1,
+        max_length=10_000,
+        description="What to fetch, http or https. Give these or `file`.",
+    )
+    file: UUID | None = Field(
+        None,
+        description="The id of an uploaded file of up to 1,000,000 URLs, as it is or compressed with gzip, zstd or as "
+        "ZIP. `{name}` in `url`, in values of `headers`, in `data` and in `json` stands for a row's value of that "
+        "column.",
+    )
+    format: Format | None = Field(
+        None,
+        description="What `file` is: a URL a line (its column is `url`), CSV with a header, or a JSON object a line. "
+        "Told by the ending of its name if left out.",
+    )
+    url: str = Field(
+        "{url}",
+        min_length=1,
+        max_length=2048,
+        description="The URL of a row of `file`, such as `https://api.example/items/{id}`; there values are "
+        "percent-encoded. By default the column `url` as it is.",
+    )
     concurrency: int = Field(20, ge=1, le=100, description="Requests under way at a time.")
     per_host: int = Field(5, ge=1, le=50, description="Requests under way at a time to one host and port.")
-    timeout: float = Field(10, ge=0.1, le=120, description="Seconds for one URL, redirects and body included.")
-    body: Literal["none", "text", "digest"] = Field(
-        "digest", description="What a line says of the body: nothing, its text, or its SHA-256."
+    rate: float | None = Field(
+        None, ge=0.01, le=10_000, description="Requests a second to one host and port at most; any number if left out."
+    )
+    timeout: float = Field(10, ge=0.1, le=120, description="Seconds for one try of a URL, redirects and body included.")
+    tries: int = Field(
+        3,
+        ge=1,
+        le=10,
+        description="How often a URL is tried at most: again after 429, 500, 502, 503, 504, a timeout or a broken "
+        "connection, with growing waits, and not before `Retry-After`. POST and PATCH only if the server did nothing.",
+    )
+    robots: bool = Field(False, description="Ask each host for its robots.txt first, and leave out what that forbids.")
+    body: Kept = Field(
+        "digest",
+        description="What a line says of the body: nothing, its SHA-256, its text, its bytes in base64, or its file in "
+        "the artifact `bodies.zip`.",
     )
     max_bytes: int | None = Field(
         None,
         ge=1,
         le=BODY_BYTES,
-        description="Largest body in bytes, once decompressed; 1 MiB for text and 16 MiB else, which is also the most.",
+        description="Largest body in bytes, once decompressed; 1 MiB for text and base64, which is also the most, "
+        "4 MiB for archive, and 16 MiB else.",
     )
 
     @model_validator(mode="after")
-    def _text_fits_in_memory(self) -> "FetchInput":
-        if self.body == "text" and self.body_limit > TEXT_BYTES:
-            raise ValueError(f'max_bytes must be at most {TEXT_BYTES} with body "text"; larger ones fit body "digest".')
+    def _has_one_list(self) -> "FetchInput":
+        if bool(self.urls) == (self.file is not None):
+            raise ValueError("give urls or file, one of them")
+        if self.file is None and (self.format is not None or self.url != "{url}"):
+            raise ValueError("format and url are for a file; leave them out with urls")
+        return self
+
+    @model_validator(mode="after")
+    def _bodies_fit_in_memory(self) -> "FetchInput":
+        if self.body in ("text", "base64") and self.body_limit > TEXT_BYTES:
+            raise ValueError(f'max_bytes is at most {TEXT_BYTES} with body "{self.body}"; larger ones fit "archive"')
+        if self.body == "archive" and self.body_limit * self.concurrency > ARCHIVE_BYTES:
+            raise ValueError(f'concurrency times max_bytes is at most {ARCHIVE_BYTES} with body "archive"')
         return self
 
     @property
     def body_limit(self) -> int:
-        return self.max_bytes or (TEXT_BYTES if self.body == "text" else BODY_BYTES)
+        if self.max_bytes is not None:
+            return self.max_bytes
+        return {"text": TEXT_BYTES, "base64": TEXT_BYTES, "archive": 4 << 20}.get(self.body, BODY_BYTES)
 
 
-class Latency(BaseModel):
-    """Milliseconds from the start of a URL to the end of its body, redirects included."""
-
-    p50: float
-    p90: float
-    p99: float
-
-
-class FetchResult(BaseModel):
-    total: int
-    ok: int = Field(description="URLs whose last answer was 2xx or 3xx.")
-    http_error: int = Field(description="URLs whose last answer was any other status.")
-    failed: int = Field(description="URLs without a usable answer; their `error` says why.")
-    statuses: dict[str, int] = Field(description="Answers by class of status, such as 2xx.")
-    errors: dict[str, int] = Field(description="Failures by type of error.")
-    latency_ms: Latency | None = Field(description="Of the URLs that were answered; null if none was.")
-    bytes: int = Field(description="Bytes of bodies received, once decompressed.")
-    seconds: float
-
-
-@kind("http.fetch", timeout="2h")
+@kind("http.fetch", timeout="6h")
 async def fetch(job: JobContext, input: FetchInput) -> FetchResult:
     """Fetch many URLs side by side, within limits for all and for each host, into a JSONL artifact.
 
     A URL that cannot be fetched is a line with an error, not a failed job.
     """
     # In a thread, for settings may be in files.
-    allow = (await asyncio.to_thread(settings.load)).fetch_allow
-    output = _Output(Saved(job))
-    try:
-        async with (
-            job.artifact("results.jsonl", "application/x-ndjson") as out,
-            open_session(allow, input.concurrency, input.per_host) as session,
-        ):
-            await output.go_on(out)
-            fetcher = Fetcher(session, Deadlines(input.timeout), input.body, input.body_limit)
-            await _fetch_rest(job, input, fetcher, output, out)
-    except asyncio.CancelledError:
-        if job.interruption == "drained":
-            # The worker waits a while for this; what is not saved by then is fetched again.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LAST_SAVE):
-                    await output.lines.save()
-        raise
+    given = await asyncio.to_thread(settings.load)
+    requests = await Requests.open(job, input)
+    if input.body == "archive" and requests.total > ARCHIVE_FILES:
+        raise Fatal(f'body "archive" takes at most {ARCHIVE_FILES:,} URLs; split the file, or choose another body.')
+    async with AsyncExitStack() as stack:
+        lines = await stack.enter_async_context(job.artifact("results.jsonl", "application/x-ndjson"))
+        archive = None
+        if input.body == "archive":
+            archive = await stack.enter_async_context(job.artifact("bodies.zip", "application/zip"))
+        session = await stack.enter_async_context(open_session(given.fetch_allow, input.concurrency, input.per_host))
+        output = Output(Saved(job), requests.total, lines, archive)
+        fetcher = Fetcher(session, Deadlines(input.timeout), input.body, input.body_limit, given.credentials)
+        try:
+            await output.go_on()
+            await _Work(job, input, requests, fetcher, output).run()
+        except asyncio.CancelledError:
+            if job.interruption == "drained":
+                # The worker waits a while for this; what is not saved by then is fetched again.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LAST_SAVE):
+                        await output.saved.save()
+            raise
+        await output.end()
     return output.result()
 
 
-async def _fetch_rest(
-    job: JobContext, input: FetchInput, fetcher: Fetcher, output: "_Output", out: ArtifactWriter
-) -> None:
-    total, left = len(input.urls), len(input.urls) - len(output.done)
-    turns = Turns(input.urls, input.per_host, output.done)
-    # The bound makes fetching wait when the artifact's store is slower than the web.
-    finished: asyncio.Queue[Record] = asyncio.Queue(maxsize=input.concurrency)
+class _Work:
+    """The requests that are left: read, made and written side by side."""
 
-    async def work() -> None:
+    def __init__(
+        self, job: JobContext, input: FetchInput, requests: Requests, fetcher: Fetcher, output: Output
+    ) -> None:
+        self._job = job
+        self._input = input
+        self._requests = requests
+        self._fetcher = fetcher
+        self._output = output
+        self._turns = Turns(input.per_host, input.rate)
+        self._robots = Robots(fetcher) if input.robots else None
+        self._tries: Counter[int] = Counter()
+        # The bound makes fetching wait when the artifact's store is slower than the web, and with bodies bounds memory.
+        self._finished: asyncio.Queue[Record] = asyncio.Queue(1 if input.body == "archive" else input.concurrency)
+
+    async def run(self) -> None:
+        """Returns once every request has its line."""
+        output = self._output
+        await self._report()
+        async with asyncio.TaskGroup() as tasks:
+            beside = [
+                tasks.create_task(self._feed()),
+                tasks.create_task(self._fetcher.deadlines.watch()),
+                *(tasks.create_task(self._make()) for _ in range(min(self._input.concurrency, output.left))),
+            ]
+            try:
+                while output.left:
+                    # Wait for one, then take whatever else is there: one report serves them all.
+                    made = [output.save_later(await self._finished.get())]
+                    while not self._finished.empty():
+                        made.append(output.save_later(self._finished.get_nowait()))
+                    await output.write(made)
+                    await self._report()
+                    if output.left and output.saved.due:
+                        await output.saved.save()
+            finally:
+                for task in beside:
+                    task.cancel()
+                # For the last save.
+                while not self._finished.empty():
+                    output.save_later(self._finished.get_nowait())
+
+    async def _feed(self) -> None:
+        async with aclosing(self._requests.read()) as requests:
+            async for found in requests:
+                request, error = found if isinstance(found, tuple) else (found, None)
+                if self._output.done[request.index]:
+                    continue
+                if error is None:
+                    await self._turns.add(request)
+                else:
+                    await self._finished.put(self._refused(request, error))
+
+    async def _make(self) -> None:
         while True:
-            index, host = await turns.take()
-            await finished.put(await fetcher.fetch(Request(index, input.urls[index])))
-            turns.give_back(host)
+            request = await self._turns.take()
+            record = await self._fetch(request)
+            if record is not None:
+                await self._finished.put(record)
+            self._turns.give_back(request)
 
-    async def report() -> None:
-        await job.report(total - left, total, "fetching", unit="urls", counts=output.counts)
+    async def _fetch(self, request: Request) -> Record | None:
+        """The record of a request; None if it is to be made again."""
+        if self._robots and not await self._robots.allow(request.url):
+            return self._refused(request, FetchError("robots", "The host's robots.txt asks to leave this alone."))
+        record = await self._fetcher.fetch(request)
+        self._tries[request.index] += 1
+        tries = self._tries[request.index]
+        if tries < self._input.tries and (wait := wait_before(request, record, tries)):
+            until, pause = wait
+            if pause:
+                self._turns.pause(request.url, pause)
+            self._turns.again(request, until)
+            return None
+        del self._tries[request.index]
+        return record | {"tries": tries}
 
-    await report()
-    tasks = [asyncio.create_task(work()) for _ in range(min(input.concurrency, left))]
-    tasks.append(asyncio.create_task(fetcher.deadlines.watch()))
-    try:
-        while left:
-            # Wait for one, then take whatever else is there: one report serves them all.
-            batch = [output.add(await finished.get())]
-            while not finished.empty():
-                batch.append(output.add(finished.get_nowait()))
-            for line in batch:
-                await out.write(line)
-            left -= len(batch)
-            await report()
-            if left and output.lines.due:
-                await output.lines.save()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        # For the last save.
-        while not finished.empty():
-            output.add(finished.get_nowait())
+    def _refused(self, request: Request, error: FetchError) -> Record:
+        return blank(request, self._input.body) | {"error": error.as_json(), "tries": 0}
 
-
-class _Output:
-    """The lines, and what they add up to."""
-
-    def __init__(self, lines: Saved) -> None:
-        self.lines = lines
-        self.done: set[int] = set()
-        self.counts = {"ok": 0, "http_error": 0, "failed": 0, "bytes": 0}
-        self._statuses: Counter[str] = Counter()
-        self._errors: Counter[str] = Counter()
-        self._latencies = array("d")
-
-    async def go_on(self, out: ArtifactWriter) -> None:
-        """Write the lines that earlier attempts have saved; `done` are the places of their URLs."""
-        async for many in self.lines.earlier():
-            for line in many.splitlines():
-                record = from_json(line)
-                self._count(record)
-                self.done.add(record["index"])
-            await out.write(many)
-
-    def add(self, record: Record) -> bytes:
-        """The line of a record."""
-        self._count(record)
-        # ASCII only, for some readers take line separators of Unicode for the end of a line.
-        line = to_json(record, ensure_ascii=True) + b"\n"
-        self.lines.add(line)
-        return line
-
-    def _count(self, record: Record) -> None:
-        self.counts["bytes"] += record["bytes"]
-        if record["error"]:
-            self.counts["failed"] += 1
-            self._errors[record["error"]["type"]] += 1
-            return
-        self.counts["ok" if 200 <= record["status"] < 400 else "http_error"] += 1
-        self._statuses[f"{record['status'] // 100}xx"] += 1
-        self._latencies.append(record["ms"])
-
-    def result(self) -> FetchResult:
-        ms = sorted(self._latencies)
-
-        def percentile(share: float) -> float:
-            return ms[ceil(share * len(ms)) - 1]
-
-        return FetchResult(
-            total=self.counts["ok"] + self.counts["http_error"] + self.counts["failed"],
-            **self.counts,
-            statuses=dict(sorted(self._statuses.items())),
-            errors=dict(sorted(self._errors.items())),
-            latency_ms=Latency(p50=percentile(0.5), p90=percentile(0.9), p99=percentile(0.99)) if ms else None,
-            seconds=round(self.lines.seconds, 3),
-        )
+    async def _report(self) -> None:
+        total = len(self._output.done)
+        await self._job.report(total - self._output.left, total, "fetching", unit="urls", counts=self._output.counts)

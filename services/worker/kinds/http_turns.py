@@ -1,43 +1,114 @@
-"""Which URL is fetched next."""
+"""Which request is made next."""
 
 import asyncio
 import re
 from collections import deque
-from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+
+from headway.fetching.requests import Request
 
 HOST = re.compile(r"[^:]*://([^/?#]*)")
+# So many requests wait for their turn at most; the file is read on as they are made.
+WINDOW = 10_000
+
+
+@dataclass(slots=True)
+class _Host:
+    waiting: deque[Request] = field(default_factory=deque)
+    under_way: int = 0
+    # Of the loop's clock: no request before this.
+    free_at: float = 0.0
+    # Whether it stands in the queue of those whose turn it is, or waits for its time.
+    listed: bool = False
 
 
 class Turns:
-    """Whose URL is next: hosts in turn, none with more than `per_host` under way, so that a slow one holds up no other.
+    """Hosts take turns, none with more than `per_host` under way or `rate` a second, so that none holds up another."""
 
-    The places in `done` are passed over. A host stands in the queue once for each request that it may have under way.
-    """
-
-    def __init__(self, urls: Sequence[str], per_host: int, done: Container[int] = ()) -> None:
-        self._waiting: dict[str, deque[int]] = {}
+    def __init__(self, per_host: int, rate: float | None = None, window: int = WINDOW) -> None:
+        self._per_host = per_host
+        self._interval = 1 / rate if rate else 0.0
+        self._window = window
+        self._hosts: dict[str, _Host] = {}
         self._ready: asyncio.Queue[str] = asyncio.Queue()
-        for index, url in enumerate(urls):
-            if index not in done:
-                self._waiting.setdefault(_host(url), deque()).append(index)
-        for nth in range(per_host):
-            for host, indexes in self._waiting.items():
-                if nth < len(indexes):
-                    self._ready.put_nowait(host)
+        self._waiting = 0
+        self._room = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
 
-    async def take(self) -> tuple[int, str]:
-        """The place of the next URL, and its host, which must be given back."""
+    async def add(self, request: Request) -> None:
+        """Let it wait for its turn. Returns once there is room for another."""
+        self._waiting += 1
+        self._enter(request)
+        while self._waiting >= self._window:
+            self._room.clear()
+            await self._room.wait()
+
+    async def take(self) -> Request:
+        """The next request, which must be given back."""
         while True:
-            host = await self._ready.get()
-            if waiting := self._waiting[host]:
-                return waiting.popleft(), host
+            name = await self._ready.get()
+            host = self._hosts[name]
+            host.listed = False
+            if host.free_at and host.free_at > self._loop.time():  # it was paused since
+                self._list(name, host)
+                continue
+            request = host.waiting.popleft()
+            host.under_way += 1
+            if self._interval:
+                host.free_at = max(host.free_at, self._loop.time()) + self._interval
+            self._waiting -= 1
+            if self._waiting < self._window:
+                self._room.set()
+            self._list(name, host)
+            return request
 
-    def give_back(self, host: str) -> None:
-        if self._waiting[host]:
-            self._ready.put_nowait(host)
+    def give_back(self, request: Request) -> None:
+        """It is done, or is to be made again."""
+        name = host_of(request.url)
+        host = self._hosts[name]
+        host.under_way -= 1
+        if host.waiting:
+            self._list(name, host)
+        elif host.free_at > self._loop.time():
+            self._loop.call_at(host.free_at, self._forget, name)
+        else:
+            self._forget(name)
+
+    def again(self, request: Request, seconds: float) -> None:
+        """Let a request wait for another turn, once so many seconds have passed."""
+        self._waiting += 1
+        self._loop.call_later(seconds, self._enter, request)
+
+    def pause(self, url: str, seconds: float) -> None:
+        """Begin no request to the host of a URL for so many seconds."""
+        host = self._hosts[host_of(url)]
+        host.free_at = max(host.free_at, self._loop.time() + seconds)
+
+    def _enter(self, request: Request) -> None:
+        name = host_of(request.url)
+        host = self._hosts.get(name)
+        if host is None:
+            host = self._hosts[name] = _Host()
+        host.waiting.append(request)
+        self._list(name, host)
+
+    def _forget(self, name: str) -> None:
+        host = self._hosts.get(name)
+        if host and not host.waiting and not host.under_way and host.free_at <= self._loop.time():
+            del self._hosts[name]
+
+    def _list(self, name: str, host: _Host) -> None:
+        """Let the host stand in the queue once, if it has a request that may be made, now or when its time comes."""
+        if host.listed or not host.waiting or host.under_way >= self._per_host:
+            return
+        host.listed = True
+        if host.free_at and host.free_at > self._loop.time():
+            self._loop.call_at(host.free_at, self._ready.put_nowait, name)
+        else:
+            self._ready.put_nowait(name)
 
 
-def _host(url: str) -> str:
+def host_of(url: str) -> str:
     """Host and port as written: enough to tell hosts apart, at a tenth of the cost of parsing."""
     match = HOST.match(url)
     return match[1].lower() if match else ""
