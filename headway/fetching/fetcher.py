@@ -51,7 +51,8 @@ def blank(request: Request, kept: Kept) -> Record:
     }
     if kept in FIELDS:
         record[FIELDS[kept]] = None
-    return record | {"error": None}
+    record["error"] = None
+    return record
 
 
 @dataclass(slots=True)
@@ -87,11 +88,11 @@ class Fetcher:
 
     async def _follow(self, request: Request, record: Record) -> None:
         try:
-            target, origin = _target(request.url)
+            target = first = _target(request.url)
         except ValueError as error:
             raise FetchError("invalid-url", str(error)) from None
         method, data = str(request.method), request.data
-        headers = self._headers(request, origin)
+        headers = self._headers(request, first)
         for _ in range(MAX_REDIRECTS + 1):
             record["final_url"] = str(target)
             async with self.session.request(
@@ -103,18 +104,18 @@ class Fetcher:
                     await self._read(response, record)
                     return
             try:
-                target, place = _target(location, target)
+                target = _target(location, target)
             except ValueError as error:
                 raise FetchError("bad-redirect", f"The server redirects to a URL that is refused. {error}") from None
             if response.status == 303 or (response.status in (301, 302) and method == "POST"):
                 method, data = "HEAD" if method == "HEAD" else "GET", None
-            if headers and place != origin:
+            if headers and target.origin() != first.origin():
                 # Once elsewhere, for good: a redirect back is the other's wish, not the client's.
                 headers = {name: value for name, value in headers.items() if name.lower() in ANYWHERE}
         raise FetchError("too-many-redirects", f"More than {MAX_REDIRECTS} redirects.")
 
-    def _headers(self, request: Request, origin: str) -> Mapping[str, str] | None:
-        secret = self.credentials.get(origin)
+    def _headers(self, request: Request, target: URL) -> Mapping[str, str] | None:
+        secret = self.credentials.get(str(target.origin())) if self.credentials else None
         if not secret:
             return request.headers
         taken = {name.lower() for name in secret}
@@ -156,22 +157,21 @@ def _too_large(limit: int) -> FetchError:
     return FetchError("too-large", f"The body is over the limit of {limit:,} bytes.")
 
 
-def _target(url: str, base: URL | None = None) -> tuple[URL, str]:
-    """The URL to ask for, without its fragment, and its origin.
-
-    Raises ValueError, whose message repeats nothing of the URL.
-    """
+def _target(url: str, base: URL | None = None) -> URL:
+    """The URL to ask for, without its fragment. Raises ValueError, whose message repeats nothing of the URL."""
     try:
-        target = (base.join(URL(url)) if base else URL(url)).with_fragment(None)
-        reachable = target.scheme in ("http", "https") and target.raw_host and target.port
-        origin = str(target.origin()) if reachable else ""
+        target = base.join(URL(url)) if base else URL(url)
+        host = target.raw_host or ""
+        if ":" in host:
+            target.origin()  # what is no address of IPv6 may be found out only here
+        reachable = target.scheme in ("http", "https") and host and target.port
     except ValueError:
         raise ValueError("The URL is not well-formed.") from None
-    if not origin:
+    if not reachable:
         raise ValueError("Only http and https URLs with a host can be fetched.")
     if "@" in target.raw_authority:
         raise ValueError("A user name or password in the URL is refused.")
-    return target, origin
+    return target.with_fragment(None) if target.raw_fragment else target
 
 
 def _headers(response: aiohttp.ClientResponse) -> dict[str, str]:

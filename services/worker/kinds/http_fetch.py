@@ -1,7 +1,6 @@
 """`http.fetch`: many URLs, a few at a time, one line of JSON for each."""
 
 import asyncio
-from collections import Counter
 from contextlib import AsyncExitStack, aclosing, suppress
 from uuid import UUID
 
@@ -156,7 +155,7 @@ class _Work:
         self._output = output
         self._turns = Turns(input.per_host, input.rate)
         self._robots = Robots(fetcher) if input.robots else None
-        self._tries: Counter[int] = Counter()
+        self._tries: dict[int, int] = {}
         # The bound makes fetching wait when the artifact's store is slower than the web, and with bodies bounds memory.
         self._finished: asyncio.Queue[Record] = asyncio.Queue(1 if input.body == "archive" else input.concurrency)
 
@@ -211,16 +210,16 @@ class _Work:
         if self._robots and not await self._robots.allow(request.url):
             return self._refused(request, FetchError("robots", "The host's robots.txt asks to leave this alone."))
         record = await self._fetcher.fetch(request)
-        self._tries[request.index] += 1
-        tries = self._tries[request.index]
+        tries = self._tries.pop(request.index, 0) + 1
         if tries < self._input.tries and (wait := wait_before(request, record, tries)):
             until, pause = wait
             if pause:
                 self._turns.pause(request.url, pause)
+            self._tries[request.index] = tries
             self._turns.again(request, until)
             return None
-        del self._tries[request.index]
-        return record | {"tries": tries}
+        record["tries"] = tries
+        return record
 
     def _refused(self, request: Request, error: FetchError) -> Record:
         return blank(request, self._input.body) | {"error": error.as_json(), "tries": 0}
