@@ -29,9 +29,9 @@ import uvloop
 from aiohttp import web
 
 from headway import JobContext
+from headway.context import ArtifactWriter, InputFile
 from headway.files import Files
 from headway.job import File
-from headway.kinds import ArtifactWriter
 from services.worker.kinds.http_fetch import FetchInput, fetch
 
 GOAL = 0.8

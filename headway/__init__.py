@@ -6,12 +6,24 @@ The names here are those that job authors use.
 from typing import TYPE_CHECKING, Any
 
 from headway.errors import Fatal, LeaseLost, Retry
-from headway.job import Child, ChildEnding
+from headway.job import Child, ChildEnding, Progress
 
 if TYPE_CHECKING:
-    from headway.kinds import JobContext, kind
+    from headway.blocking import SyncJobContext
+    from headway.context import JobContext
+    from headway.kinds import kind
 
-__all__ = ["Child", "ChildEnding", "Fatal", "JobContext", "LeaseLost", "Retry", "kind"]
+__all__ = [
+    "Child",
+    "ChildEnding",
+    "Fatal",
+    "JobContext",
+    "LeaseLost",
+    "Progress",
+    "Retry",
+    "SyncJobContext",
+    "kind",
+]
 
 
 def __getattr__(name: str) -> Any:

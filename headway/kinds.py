@@ -6,143 +6,37 @@ import math
 import random
 import re
 import typing
-from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, Literal, Protocol, TypeVar
-from uuid import UUID
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union
 
 from pydantic import PydanticUserError, TypeAdapter
 
-from headway.errors import Fatal, InvalidSettings
-from headway.job import Child, ChildEnding, File
+from headway.blocking import SyncJobContext
+from headway.context import JobContext
+from headway.errors import InvalidSettings
+from headway.job import Progress
+
+Handler = Callable[..., Any]
+Runs = Literal["worker", "thread", "process"]
+Form = Literal["coroutine", "async generator", "function", "generator"]
 
 ENTRY_POINTS = "headway.kinds"
 NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+")
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+LOOKS: Mapping[Form, str] = {
+    "coroutine": "async def build(job: JobContext, input: In) -> Out",
+    "async generator": "async def build(job: JobContext, input: In) -> AsyncIterator[Progress | Out]",
+    "function": "def build(job: SyncJobContext, input: In) -> Out",
+    "generator": "def build(job: SyncJobContext, input: In) -> Iterator[Progress | Out]",
+}
+PLAIN = ("function", "generator")
+ITERATORS = (AsyncIterator, AsyncGenerator, Iterator, Generator)
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-class InputFile(Protocol):
-    """A file of the job's tenant, opened for reading."""
-
-    @property
-    def file(self) -> File: ...
-
-    def chunks(self, size: int = 1 << 20, *, start: int = 0) -> AsyncIterator[bytes]:
-        """The bytes from `start` on, about `size` at a time."""
-
-
-class ArtifactWriter(Protocol):
-    """An artifact being written."""
-
-    async def write(self, data: bytes) -> None: ...
-
-
-class JobContext(ABC):
-    """What a handler is given: the job's facts and the ways to say how it goes.
-
-    Every method may raise LeaseLost, or be interrupted by `asyncio.CancelledError` when the job is cancelled, times
-    out or the worker shuts down: let both pass.
-    """
-
-    id: UUID
-    kind: str
-    attempt: int
-    checkpoint: Any
-
-    @property
-    @abstractmethod
-    def interruption(self) -> str | None:
-        """Why the handler is interrupted: `cancelled`, `timed-out`, `drained`, `waiting`, `lost`; None if it is not.
-
-        It is there before `asyncio.CancelledError` is, so that a handler can drop what only a next attempt would need.
-        """
-
-    @abstractmethod
-    async def report(
-        self,
-        done: float,
-        total: float | None = None,
-        message: str = "",
-        *,
-        unit: str = "items",
-        counts: Mapping[str, int] | None = None,
-    ) -> None:
-        """Say how far the job is. Cheap: call it as often as you like, at most ten a second are written.
-
-        `done` and `total` are in `unit`; `counts` are further numbers worth showing, such as `{"rows": 1200}`.
-        Rate and ETA are worked out from `done`, `total` and the clock.
-        """
-
-    @abstractmethod
-    async def log(self, message: str, *, level: str = "info") -> None:
-        """Add a line to the job's own log, which its owner sees as an event. At most 2,000 characters are kept.
-
-        Waits out an outage of the database, after which the line may stand there twice.
-        """
-
-    @abstractmethod
-    async def save_checkpoint(self, value: Any) -> None:
-        """Keep a small JSON value; `checkpoint` holds it when the job is run again after an interruption.
-
-        Each call is a write to Postgres, which is done when it returns: call it every few seconds, not for every item.
-        Raises Fatal if the value is not JSON or is over HEADWAY_MAX_CHECKPOINT.
-        """
-
-    @abstractmethod
-    async def save_part(self, data: bytes) -> str:
-        """Keep bytes with the job until it ends; they are on disk when this returns. For what a checkpoint cannot hold.
-
-        The answer is the part's key, to be put into the checkpoint: nothing else leads back to the part.
-        """
-
-    @abstractmethod
-    def read_part(self, key: str) -> AsyncIterator[bytes]:
-        """The bytes of a part that this or an earlier attempt saved.
-
-        Raises ValueError if the key is not one of this job, and headway.errors.NotFound if the bytes are gone.
-        """
-
-    @abstractmethod
-    async def open_file(self, file_id: UUID) -> InputFile:
-        """A file of the job's tenant. Raises Fatal if there is none."""
-
-    @abstractmethod
-    def artifact(
-        self, name: str, content_type: str = "application/octet-stream"
-    ) -> AbstractAsyncContextManager[ArtifactWriter]:
-        """Write a file that belongs to the job: `async with job.artifact("bad.csv", "text/csv") as out`.
-
-        It becomes visible when the job succeeds, or fails by Fatal; an attempt that ends otherwise leaves nothing.
-        """
-
-    async def run_children(self, children: Iterable[Child]) -> list[ChildEnding]:
-        """Submit jobs as parts of this one, and answer how they ended, in their order.
-
-        The job waits without a slot: the handler is interrupted here by CancelledError, and called anew once all
-        children have ended; then this answers at once. What comes before it therefore runs twice, and must ask for the
-        same children again; keep what it found in a checkpoint. Meanwhile the job's progress is how many have ended.
-        A further call submits further children. A child that fails does not fail its parent, but if the parent is
-        cancelled or fails its open children are cancelled. The parent's timeout does not count the waiting.
-
-        Raises Fatal for more than 10,000 children of a job, an unknown kind, children more than 5 generations deep, and
-        in a kind that runs as a process.
-        """
-        raise Fatal("A kind that runs as a process cannot have children; submit them from one that runs in the worker.")
-
-    @abstractmethod
-    def source(self, name: str, *, reading: bool = False) -> str:
-        """The URL of a source from the settings, with `reading` the one for what only reads.
-
-        Raises Fatal, naming those that exist, if there is none.
-        """
-
-
-Handler = Callable[[JobContext, Any], Awaitable[Any]]
-Runs = Literal["worker", "process"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -152,6 +46,7 @@ class Kind:
 
     name: str
     handler: Handler
+    form: Form
     input: TypeAdapter[Any]
     result: TypeAdapter[Any]
     timeout: float
@@ -197,53 +92,58 @@ def kind(
     max_attempts: int = 3,
     backoff: str | float = "2s",
     backoff_cap: str | float = "10m",
-    runs: Runs = "worker",
+    runs: Runs | None = None,
 ) -> Callable[[F], F]:
-    """Make an async function a kind: `@kind("report.build", timeout="30m", max_attempts=5)`.
+    """Make a function a kind: `@kind("report.build", timeout="30m", max_attempts=5)`.
 
     An attempt that fails or takes longer than `timeout` is run again, until there were `max_attempts`, after a random
     time of at most `backoff`, which doubles with each attempt up to `backoff_cap`. Raise Fatal for what can never
     succeed, Retry(after=…) to choose the time. Interruptions by a deploy do not count.
 
-    With `runs="process"` the handler has a process of its own, where it may block, use a core, or crash; it is killed
-    if it does not end when it is interrupted. Otherwise it shares the worker's event loop and must not block.
+    An async function shares the worker's event loop and must not block. With `runs="process"` it has a process of its
+    own, where it may block, use a core, or crash; it is killed if it does not end when it is interrupted. A plain
+    function says where it runs: in a process, or with `runs="thread"` in a thread, which cannot be killed.
 
-    The function takes a JobContext and one pydantic model (or anything that pydantic can validate), and returns
-    another; both are read from its annotations. The first paragraph of its docstring describes the kind to clients.
-    Raises InvalidSettings if the name is taken, or the name, the timeout or the signature does not fit.
+    The function takes a JobContext, or a SyncJobContext if it is plain, and one pydantic model (or anything that
+    pydantic can validate), and returns another; both are read from its annotations. A generator yields Progress, and as
+    its last the result. The first paragraph of the docstring describes the kind to clients. Raises InvalidSettings if
+    the name is taken, or the name, the timeout or the signature does not fit.
     """
     limit = seconds(timeout)
     if not 0 < limit < math.inf:
         raise InvalidSettings(f'The timeout of {name} is {timeout!r}; write a time above zero, such as "30m".')
     if not 1 <= max_attempts <= 100:
         raise InvalidSettings(f"max_attempts of {name} is {max_attempts}; write a number from 1 to 100.")
-    if runs not in typing.get_args(Runs):
-        raise InvalidSettings(f'runs of {name} is {runs!r}; write "worker" or "process".')
+    if runs is not None and runs not in typing.get_args(Runs):
+        raise InvalidSettings(f'runs of {name} is {runs!r}; write "thread" or "process", or leave it out.')
 
     def register(handler: F) -> F:
         if not NAME.fullmatch(name):
             raise InvalidSettings(f"{name!r} is not a kind's name; write two or more words with dots: report.build.")
         if name in _registry and (other := _place(_registry[name].handler)) != _place(handler):
             raise InvalidSettings(f"The kind {name} is defined twice: by {other} and by {_place(handler)}.")
-        if not inspect.iscoroutinefunction(handler):
-            raise InvalidSettings(f"The handler of {name} must be an `async def` function.")
+        form = _form(handler)
+        where = _runs(name, form, runs)
         try:
             hints = typing.get_type_hints(handler)
             parameters = list(inspect.signature(handler).parameters)
             if len(parameters) != 2 or parameters[1] not in hints or "return" not in hints:
+                raise InvalidSettings(f"The handler of {name} must look like `{LOOKS[form]}`.")
+            if hints.get(parameters[0]) is (JobContext if form in PLAIN else SyncJobContext):
                 raise InvalidSettings(
-                    f"The handler of {name} must look like `async def build(job: JobContext, input: In) -> Out`."
+                    f"The handler of {name} has the context of another form; it must look like `{LOOKS[form]}`."
                 )
             made = Kind(
                 name=name,
                 handler=handler,
+                form=form,
                 input=TypeAdapter(hints[parameters[1]]),
-                result=TypeAdapter(hints["return"]),
+                result=TypeAdapter(_result(name, form, hints["return"])),
                 timeout=limit,
                 max_attempts=max_attempts,
                 backoff_base=seconds(backoff),
                 backoff_cap=seconds(backoff_cap),
-                runs=runs,
+                runs=where,
                 description=(inspect.getdoc(handler) or "").split("\n\n")[0].replace("\n", " "),
             )
             made.as_json()
@@ -253,6 +153,43 @@ def kind(
         return handler
 
     return register
+
+
+def _form(handler: Handler) -> Form:
+    if inspect.iscoroutinefunction(handler):
+        return "coroutine"
+    if inspect.isasyncgenfunction(handler):
+        return "async generator"
+    return "generator" if inspect.isgeneratorfunction(handler) else "function"
+
+
+def _runs(name: str, form: Form, runs: Runs | None) -> Runs:
+    """Where a handler runs of which its author has said `runs`."""
+    if form in PLAIN:
+        if runs not in ("thread", "process"):
+            raise InvalidSettings(
+                f'The handler of {name} is a plain function, which would hold up the other jobs: write runs="thread" '
+                'if it waits, for files or a server, runs="process" if it computes or might crash or hang, or make it '
+                "an `async def`."
+            )
+    elif runs == "thread":
+        raise InvalidSettings(
+            f'The handler of {name} is async and needs no thread: leave runs out, write runs="process" if it blocks, '
+            "or make it a plain `def`."
+        )
+    return runs or "worker"
+
+
+def _result(name: str, form: Form, hint: Any) -> Any:
+    """The type of the result: of a generator, what it yields that is not Progress."""
+    if form in ("coroutine", "function"):
+        return hint
+    yields, *more = typing.get_args(hint) or (None,)
+    if typing.get_origin(hint) not in ITERATORS or any(returns not in (None, NoneType) for returns in more):
+        raise InvalidSettings(f"The handler of {name} must look like `{LOOKS[form]}`: its result is yielded last.")
+    found = typing.get_args(yields) if typing.get_origin(yields) in (Union, UnionType) else (yields,)
+    results = tuple(part for part in found if part is not Progress)
+    return Union[results] if results else None  # noqa: UP007
 
 
 def _place(handler: Callable[..., Any]) -> str:

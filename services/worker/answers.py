@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 from uuid import UUID
 
-from headway.kinds import ArtifactWriter, InputFile, JobContext
+from headway.context import ArtifactWriter, InputFile, JobContext
 
 
 class Answers:

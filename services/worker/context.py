@@ -12,15 +12,15 @@ from uuid import UUID
 
 import structlog
 
+from headway.context import JobContext, as_progress
 from headway.errors import Fatal, LeaseLost
 from headway.files import Files, Writer, artifact_key, part_key
 from headway.groups import Groups
 from headway.job import Artifact, Child, ChildEnding, Claim, File, Progress
-from headway.kinds import JobContext
 from headway.lifecycle import Lifecycle, kept
 from headway.settings import Settings
 from headway.store import OUTAGES, REFUSALS, Store
-from services.worker.handling import as_progress, find_source
+from services.worker.handling import find_source
 from services.worker.pace import Pace
 
 # At most ten reports a second are written for a job.
@@ -98,7 +98,7 @@ class Context(JobContext):
         self._yielded = time.monotonic()
         self._opened = 0
         self._saved = 0
-        self.children = 0
+        self.asked = 0
         self._names: set[str] = set()
 
     @property
@@ -191,10 +191,10 @@ class Context(JobContext):
         assert writer.stored is not None
         self.artifacts.append(Artifact(name, content_type, writer.stored.size, writer.stored.sha256, key))
 
-    async def run_children(self, children: Iterable[Child]) -> list[ChildEnding]:
-        asked = list(children)
-        first, self.children = self.children, self.children + len(asked)
-        endings = await _through_outages(lambda: self._parts.groups.endings(self._claim, asked, first))
+    async def children(self, children: Iterable[Child]) -> list[ChildEnding]:
+        wanted = list(children)
+        first, self.asked = self.asked, self.asked + len(wanted)
+        endings = await _through_outages(lambda: self._parts.groups.endings(self._claim, wanted, first))
         if endings is None:
             self._under_way.interrupt("waiting")
             # The interruption arrives here.

@@ -3,14 +3,14 @@
 import json
 import traceback
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from headway.context import JobContext
 from headway.errors import JOB_ERRORS, Fatal, HandlerFailed, InputRefused, JobError
-from headway.job import Progress
-from headway.kinds import JobContext, Kind
+from headway.kinds import Kind
+from services.worker.performing import perform
 
 # How much of a traceback's end is kept.
 TRACEBACK = 20_000
@@ -39,7 +39,7 @@ async def handle(kind: Kind, job: JobContext, input: Any, max_result: int) -> An
         where = ".".join(str(part) for part in ("input", *first["loc"]))
         raise InputRefused(f"{where}: {first['msg']}.") from None
     try:
-        returned = await kind.handler(job, value)
+        returned = await perform(kind, job, value)
     except (SystemExit, KeyboardInterrupt) as error:
         # Either would end the process, and with it every other job that runs here.
         raise HandlerFailed(message(error)) from error
@@ -56,21 +56,6 @@ async def handle(kind: Kind, job: JobContext, input: Any, max_result: int) -> An
             f"The result has {size:,} bytes, over the limit of {max_result:,}; write large results to an artifact."
         )
     return result
-
-
-def as_progress(
-    done: float, total: float | None, message: str, unit: str, counts: Mapping[str, int] | None
-) -> Progress:
-    """What a handler reports, in plain numbers whatever kind it counts in. Raises ValueError if one is not finite."""
-    if not isfinite(done) or not (total is None or isfinite(total)):
-        raise ValueError(f"report() takes finite numbers, not done={done} and total={total}.")
-    return Progress(
-        done=_plain(done),
-        total=None if total is None else _plain(total),
-        unit=str(unit),
-        message=str(message),
-        counts={str(name): int(number) for name, number in counts.items()} if counts else {},
-    )
 
 
 def find_source(sources: Mapping[str, T], name: str) -> T:
@@ -111,7 +96,3 @@ def text(error: BaseException) -> str:
         return str(error)
     except Exception as failure:
         return f"(its message cannot be shown: {type(failure).__name__})"
-
-
-def _plain(number: float) -> float:
-    return number if type(number) in (int, float) else float(number)

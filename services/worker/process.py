@@ -10,9 +10,10 @@ from typing import Any
 
 import structlog
 
+from headway.context import JobContext
 from headway.errors import ChildDied
 from headway.job import Claim
-from headway.kinds import JobContext, Kind
+from headway.kinds import Kind
 from headway.settings import Settings
 from services.worker import frames
 from services.worker.answers import Answers

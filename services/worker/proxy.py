@@ -10,11 +10,11 @@ from itertools import count
 from typing import Any
 from uuid import UUID
 
+from headway.context import JobContext, as_progress
 from headway.errors import Fatal
 from headway.job import File, Progress
-from headway.kinds import JobContext
 from services.worker import frames
-from services.worker.handling import as_progress, find_source
+from services.worker.handling import find_source
 
 # Reports of a child are sent twice as often as the worker writes them: those in between are never seen.
 REPORT_EVERY = 0.05

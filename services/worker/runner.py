@@ -114,7 +114,7 @@ class Runner:
         self._abandoned = True
 
     async def run(self, claim: Claim, performed: Callable[[], None]) -> None:
-        """Perform the attempt, call `performed`, and write how it ended. Raises nothing."""
+        """Perform the attempt, and write how it ended; call `performed` once the handler is gone. Raises nothing."""
         key = claim.job_id, claim.token
         attempt = self._attempts[key] = Attempt()
         context = Context(claim, self._parts, attempt)
@@ -124,10 +124,7 @@ class Runner:
             job_id=str(claim.job_id), kind=claim.kind, attempt=claim.attempt, token=claim.token
         )
         try:
-            try:
-                outcome = await self._perform(claim, attempt, context)
-            finally:
-                performed()
+            outcome = await self._perform(claim, attempt, context, performed)
             progress = await context.close()
             metrics.series(metrics.run_time, claim.kind).observe(time.monotonic() - began)
             await self._end(claim, attempt, outcome, progress, context)
@@ -140,17 +137,21 @@ class Runner:
         finally:
             del self._attempts[key]
 
-    async def _perform(self, claim: Claim, attempt: Attempt, context: Context) -> Outcome | None:
+    async def _perform(
+        self, claim: Claim, attempt: Attempt, context: Context, performed: Callable[[], None]
+    ) -> Outcome | None:
         """How the attempt ended; None if it was drained or lost.
 
         A handler that returns a result although it was interrupted has finished: the interruption came too late.
         """
         task = await attempt.perform(self._handle(claim, context), claim.timeout)
         if not task.done():
-            log.error("a handler does not end though it was cancelled; it is left behind", reason=attempt.reason)
+            log.error("a handler does not end though it was cancelled; it keeps its slot", reason=attempt.reason)
             self._left_behind.add(task)
             task.add_done_callback(self._came_late)
+            task.add_done_callback(lambda _: performed())
             return _interrupted(attempt.reason, claim)
+        performed()
         error = asyncio.CancelledError() if task.cancelled() else innermost(task.exception())
         if isinstance(error, LeaseLost):
             attempt.reason = "lost"
@@ -193,8 +194,8 @@ class Runner:
         if outcome is None:
             await self._delete(artifacts)
             if attempt.reason == "waiting":
-                await self._insist(lambda: self._parts.groups.wait(claim, context.children))
-                log.info("a job waits for its children", children=context.children)
+                await self._insist(lambda: self._parts.groups.wait(claim, context.asked))
+                log.info("a job waits for its children", children=context.asked)
             elif attempt.reason == "drained":
                 await self._insist(lambda: self._parts.lifecycle.release(claim))
                 log.info("a job was given back")

@@ -164,7 +164,7 @@ async def group(job: JobContext, input: Work) -> Done:
         # Each that has ended may be shown as progress.
         run.ending["reports"] += input.times
         child = Child("chaos.sleep", {"ms": input.ms}, tags=[f"child of {job.id}"])
-        endings = await job.run_children([child] * input.times)
+        endings = await job.children([child] * input.times)
         return Done(run=run.id, children=[(str(ending.id), ending.state) for ending in endings])
 
 

@@ -38,7 +38,7 @@ async def hold(job: JobContext, input: int) -> None:
 @kind("groups.deep", max_attempts=1)
 async def deep(job: JobContext, input: None) -> int:
     """Submits itself."""
-    [ending] = await job.run_children([Child("groups.deep", None)])
+    [ending] = await job.children([Child("groups.deep", None)])
     return 0 if ending.state == JobState.FAILED else ending.result + 1
 
 
@@ -68,8 +68,8 @@ async def test_a_parent_gets_the_results_of_its_children_in_order(engine: Engine
 
     async def parent(job: JobContext) -> Any:
         starts.append(job.attempt)
-        first = await job.run_children(Child("groups.square", n, tags=["part"]) for n in (3, -1, 4))
-        second = await job.run_children([Child("groups.square", sum(child.result or 0 for child in first))])
+        first = await job.children(Child("groups.square", n, tags=["part"]) for n in (3, -1, 4))
+        second = await job.children([Child("groups.square", sum(child.result or 0 for child in first))])
         return [[child.state, child.result] for child in (*first, *second)]
 
     # One slot would be taken for ever by a parent that kept it.
@@ -85,7 +85,7 @@ async def test_a_parent_gets_the_results_of_its_children_in_order(engine: Engine
 
 async def test_the_progress_of_the_children_is_the_parents(engine: Engine) -> None:
     async def parent(job: JobContext) -> int:
-        return len(await job.run_children(Child("groups.hold", n) for n in range(3)))
+        return len(await job.children(Child("groups.hold", n) for n in range(3)))
 
     async with worker(engine.settings):
         job_id = await engine.submit(parent)
@@ -103,7 +103,7 @@ async def test_the_progress_of_the_children_is_the_parents(engine: Engine) -> No
 
 async def test_cancelling_the_parent_cancels_the_rest(engine: Engine) -> None:
     async def parent(job: JobContext) -> None:
-        await job.run_children([*(Child("groups.square", n) for n in range(3)), *[Child("groups.hold", 1)] * 4])
+        await job.children([*(Child("groups.square", n) for n in range(3)), *[Child("groups.hold", 1)] * 4])
 
     async with worker(engine.settings):
         job_id = await engine.submit(parent)
@@ -126,7 +126,7 @@ async def test_cancelling_the_parent_cancels_the_rest(engine: Engine) -> None:
 
 async def test_a_parent_whose_worker_died_finds_the_children_it_submitted(engine: Engine) -> None:
     async def parent(job: JobContext) -> list[ChildEnding]:
-        return [child.result for child in await job.run_children(Child("groups.square", n) for n in range(700))]
+        return [child.result for child in await job.children(Child("groups.square", n) for n in range(700))]
 
     job_id = await engine.submit(parent)
     claim = await engine.claim(job_id)
@@ -151,10 +151,10 @@ async def test_a_kind_that_submits_itself_comes_to_an_end(engine: Engine) -> Non
 
 async def test_children_that_cannot_be_are_refused(engine: Engine) -> None:
     async def too_many(job: JobContext) -> None:
-        await job.run_children([Child("groups.square", 1)] * (MOST_CHILDREN + 1))
+        await job.children([Child("groups.square", 1)] * (MOST_CHILDREN + 1))
 
     async def unknown(job: JobContext) -> None:
-        await job.run_children([Child("no.kind", 1)])
+        await job.children([Child("no.kind", 1)])
 
     async with worker(engine.settings):
         many, strange = (

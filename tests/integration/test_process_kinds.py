@@ -13,9 +13,8 @@ import pytest
 from pydantic import SecretStr
 from uuid_utils.compat import uuid7
 
-from headway import JobContext, kind
+from headway import JobContext
 from headway.embedded import Embedded
-from headway.errors import InvalidSettings
 from headway.job import Job
 from headway.settings import Source
 from headway.states import JobState
@@ -273,8 +272,3 @@ async def test_a_child_does_not_outlive_a_worker_that_is_killed(idle: Engine, tm
         assert b"password" not in arguments
     finally:
         await spawner.end()
-
-
-async def test_where_a_kind_runs_is_one_of_two_words() -> None:
-    with pytest.raises(InvalidSettings, match='"worker" or "process"'):
-        kind("child.elsewhere", runs="thread")  # type: ignore[arg-type]

@@ -1,7 +1,7 @@
 """What a job author may write, and what is said to one who writes something else."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-from headway import JobContext, kind, kinds
+from headway import JobContext, Progress, SyncJobContext, kind, kinds
 from headway.errors import InvalidSettings
 
 
@@ -94,9 +94,52 @@ def test_a_handler_of_another_form_is_refused_and_shown_the_right_one(handler: C
         kind("report.build")(handler)
 
 
-def test_a_handler_that_is_no_coroutine_function_is_refused() -> None:
-    with pytest.raises(InvalidSettings, match="must be an `async def` function"):
-        kind("report.build")(lambda job, input: None)
+def plain(job: SyncJobContext, input: Input) -> Result: ...  # type: ignore[empty-body]
+def plain_with_the_async_context(job: JobContext, input: Input) -> None: ...
+async def with_the_plain_context(job: SyncJobContext, input: Input) -> None: ...
+async def yields_untold(job: JobContext, input: Input) -> Result:  # type: ignore[misc]
+    yield Result(total=Decimal(0))
+
+
+def returns_its_result(job: SyncJobContext, input: Input) -> Generator[Progress, None, Result]:
+    yield Progress(1)
+    return Result(total=Decimal(0))
+
+
+@pytest.mark.parametrize(
+    ("handler", "runs", "said"),
+    [
+        (plain, None, 'a plain function, .*: write runs="thread" if it waits.*runs="process" if it computes'),
+        (plain, "worker", 'write runs="thread"'),
+        (no_result, "thread", "is async and needs no thread: leave runs out"),
+        (plain, "elsewhere", 'write "thread" or "process", or leave it out'),
+        (plain_with_the_async_context, "thread", r"look like `def build\(job: SyncJobContext, input: In\) -> Out`"),
+        (with_the_plain_context, None, r"look like `async def build\(job: JobContext, input: In\) -> Out`"),
+        (yields_untold, None, r"-> AsyncIterator\[Progress \| Out\]`: its result is yielded last"),
+        (returns_its_result, "thread", r"-> Iterator\[Progress \| Out\]`: its result is yielded last"),
+    ],
+)
+def test_a_handler_that_cannot_run_where_it_says_is_refused_with_what_to_do(
+    handler: Callable[..., Any], runs: Any, said: str
+) -> None:
+    with pytest.raises(InvalidSettings, match=rf"report\.build.*{said}"):
+        kind("report.build", runs=runs)(handler)
+    assert "report.build" not in kinds.discover()
+
+
+def test_a_plain_function_and_a_generator_are_announced_like_any_other() -> None:
+    def build(job: SyncJobContext, input: Input) -> Iterator[Progress | Result]:
+        """Builds."""
+        yield Result(total=Decimal(0))
+
+    kind("report.build", runs="thread")(build)
+    kind("report.other", runs="process")(plain)
+
+    announced = [kinds.discover()[name].as_json() for name in ("report.build", "report.other")]
+    assert announced[0]["description"] == "Builds."
+    assert announced[0]["result_schema"] == announced[1]["result_schema"]
+    assert announced[0]["result_schema"]["properties"]["total"]["type"] == "string"
+    assert announced[0]["input_schema"] == announced[1]["input_schema"]
 
 
 class Opaque:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from headway import Fatal, JobContext
-from headway.kinds import ArtifactWriter
+from headway.context import ArtifactWriter
 from services.worker.kinds.csv_layout import Layout
 from services.worker.kinds.csv_rows import Rejected, RowReader
 from services.worker.kinds.csv_text import Text

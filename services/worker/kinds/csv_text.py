@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Protocol
 
 from headway import Fatal
-from headway.kinds import InputFile
+from headway.context import InputFile
 
 if sys.version_info >= (3, 14):
     from compression import zstd

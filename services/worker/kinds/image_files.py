@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from uuid import UUID
 
 from headway import Fatal, JobContext
-from headway.kinds import InputFile
+from headway.context import InputFile
 
 MAX_IMAGES = 20_000
 # Bytes of an image, unpacked.

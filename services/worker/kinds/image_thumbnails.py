@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from pydantic_core import to_json
 
 from headway import Fatal, JobContext, kind
-from headway.kinds import ArtifactWriter
+from headway.context import ArtifactWriter
 from services.worker import frames
 from services.worker.kinds.image_archive import Archive
 from services.worker.kinds.image_files import Picture, find, names, read

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from headway import Fatal, JobContext, kind
+from headway.context import ArtifactWriter
 from headway.errors import QueryRefused, SourceUnavailable, TooLarge
-from headway.kinds import ArtifactWriter
 from headway.settings import Source
 from headway.sources import Column, Reading, Sources
 from headway.sources.columns import typed

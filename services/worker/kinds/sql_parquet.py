@@ -8,7 +8,7 @@ from arro3.core import Array, DataType, Field, RecordBatch, RecordBatchReader, S
 from arro3.io import write_parquet
 
 from headway import Fatal
-from headway.kinds import ArtifactWriter
+from headway.context import ArtifactWriter
 from headway.sources.columns import Column
 from services.worker.kinds.sql_text import text
 
