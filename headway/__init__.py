@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from headway.blocking import SyncJobContext
     from headway.context import JobContext
     from headway.kinds import kind
+    from headway.startup import on_startup
 
 __all__ = [
     "Child",
@@ -23,13 +24,14 @@ __all__ = [
     "Retry",
     "SyncJobContext",
     "kind",
+    "on_startup",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # The CLI and the client need no pydantic, which takes longer to import than they take to run.
     if name in __all__:
-        from headway import kinds  # noqa: PLC0415
+        from headway import kinds, startup  # noqa: PLC0415
 
-        return getattr(kinds, name)
+        return getattr(startup if name == "on_startup" else kinds, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

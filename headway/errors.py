@@ -2,7 +2,7 @@
 
 HeadwayError
 ├── InvalidSettings            at start: the process ends
-├── StartFailed                at start of `make run`: the process ends
+├── StartFailed                at start of `make run` or of a worker: the process ends
 ├── Problem                    an answer of the API, RFC 9457
 │   ├── BadRequest             400 bad-request
 │   ├── Unauthenticated        401 unauthenticated
@@ -338,3 +338,10 @@ PROBLEMS: tuple[type[Problem], ...] = (
     NoStorage,
 )
 JOB_ERRORS: tuple[type[JobError], ...] = (Fatal, Retry, InputRefused, TimedOut, HandlerFailed, ChildDied, Crashed)
+
+
+def innermost(error: BaseException | None) -> BaseException | None:
+    """What one task of a TaskGroup raised, out of the group that it is wrapped in."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error

@@ -14,10 +14,12 @@ from typing import Any, Literal, TypeVar, Union
 
 from pydantic import PydanticUserError, TypeAdapter
 
+from headway import startup
 from headway.blocking import SyncJobContext
 from headway.context import JobContext
 from headway.errors import InvalidSettings
 from headway.job import Progress
+from headway.startup import Dependency
 
 Handler = Callable[..., Any]
 Runs = Literal["worker", "thread", "process"]
@@ -47,6 +49,7 @@ class Kind:
     name: str
     handler: Handler
     form: Form
+    needs: Mapping[str, Dependency]
     input: TypeAdapter[Any]
     result: TypeAdapter[Any]
     timeout: float
@@ -108,6 +111,8 @@ def kind(
     pydantic can validate), and returns another; both are read from its annotations. A generator yields Progress, and as
     its last the result. The first paragraph of the docstring describes the kind to clients. Raises InvalidSettings if
     the name is taken, or the name, the timeout or the signature does not fit.
+
+    Further parameters are what functions with `@on_startup` yield, found by their types.
     """
     limit = seconds(timeout)
     if not 0 < limit < math.inf:
@@ -127,7 +132,7 @@ def kind(
         try:
             hints = typing.get_type_hints(handler)
             parameters = list(inspect.signature(handler).parameters)
-            if len(parameters) != 2 or parameters[1] not in hints or "return" not in hints:
+            if len(parameters) < 2 or parameters[1] not in hints or "return" not in hints:
                 raise InvalidSettings(f"The handler of {name} must look like `{LOOKS[form]}`.")
             if hints.get(parameters[0]) is (JobContext if form in PLAIN else SyncJobContext):
                 raise InvalidSettings(
@@ -137,6 +142,7 @@ def kind(
                 name=name,
                 handler=handler,
                 form=form,
+                needs={given: _dependency(name, given, hints.get(given)) for given in parameters[2:]},
                 input=TypeAdapter(hints[parameters[1]]),
                 result=TypeAdapter(_result(name, form, hints["return"])),
                 timeout=limit,
@@ -178,6 +184,14 @@ def _runs(name: str, form: Form, runs: Runs | None) -> Runs:
             "or make it a plain `def`."
         )
     return runs or "worker"
+
+
+def _dependency(name: str, parameter: str, wanted: Any) -> Dependency:
+    try:
+        return startup.find(wanted)
+    except LookupError as error:
+        shown = getattr(wanted, "__name__", wanted)
+        raise InvalidSettings(f"The handler of {name} takes {parameter}: {shown}, but {error.args[0]}.") from None
 
 
 def _result(name: str, form: Form, hint: Any) -> Any:

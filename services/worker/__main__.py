@@ -34,7 +34,7 @@ async def work(config: Settings, *, lease: timedelta = LEASE) -> None:
         if stopping.is_set():
             return "draining"
         if not opening.done():
-            return "waiting for the database"
+            return "waiting for the database, or for what handlers need"
         try:
             migrated = await opening.result().store.ready_check()
         except OUTAGES as error:

@@ -18,6 +18,7 @@ from headway.queue import Queue
 from headway.retention import Retention
 from headway.schedules import Schedules
 from headway.settings import Settings
+from headway.startup import Opened
 from headway.store import OUTAGES, Store
 from headway.uploads import Uploads
 from services.worker.context import Parts
@@ -39,12 +40,20 @@ class App:
     queue: Queue
     events: Events
     keeper: LeaseKeeper
+    opened: Opened
     worker: HeadwayWorker
 
     @classmethod
     async def open(cls, settings: Settings, *, lease: timedelta = LEASE) -> "App":
-        """Connect, and announce the kinds. Raises InvalidSettings if a module of kinds cannot be imported."""
+        """Open what handlers need, connect, and announce the kinds.
+
+        Raises InvalidSettings if a module of kinds cannot be imported, and StartFailed if what they need cannot be had.
+        """
         found = kinds.discover(settings.kinds)
+        opened = Opened()
+        # Those of kinds that run as processes are opened there.
+        needs = [need for kind in found.values() if kind.runs != "process" for need in kind.needs.values()]
+        await opened.open(dict.fromkeys(needs))
         url = settings.database_url.get_secret_value()
         store = Store(url, pool=settings.database_pool)
         await store.open()
@@ -53,7 +62,7 @@ class App:
         wakeups, events = Queue(queue.connect(redis_url)), Events(layer(redis_url))
         lifecycle = Lifecycle(store, wakeups, events, lease=lease)
         files = Files(settings.files_location, max_size=settings.max_file, options=settings.files_options)
-        runner = Runner(found, Parts(settings, store, lifecycle, files))
+        runner = Runner(found, Parts(settings, store, lifecycle, files), opened.values)
         age = timedelta(days=settings.keep_days)
         sweeper = Sweeper(Retention(store, files, age=age, most=settings.keep_jobs), Uploads.of(settings, store, files))
         loop = asyncio.get_running_loop()
@@ -73,13 +82,14 @@ class App:
             store=store,
             queue=wakeups,
             keeper=keeper,
-            beside=[Scheduler(Schedules(store, lifecycle)).run, sweeper.run],
+            beside=[Scheduler(Schedules(store, lifecycle)).run, sweeper.run, opened.watch],
         )
-        return cls(store, lifecycle, wakeups, events, keeper, worker)
+        return cls(store, lifecycle, wakeups, events, keeper, opened, worker)
 
     async def close(self) -> None:
         self.keeper.stop()
         await asyncio.to_thread(self.keeper.join, 5)
+        await self.opened.close()
         await self.lifecycle.close()
         await self.queue.close()
         await self.events.close()

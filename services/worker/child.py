@@ -14,11 +14,12 @@ from typing import Any
 import structlog
 
 from headway import logs
-from headway.errors import LeaseLost
+from headway.errors import LeaseLost, innermost
 from headway.kinds import find
 from headway.settings import Settings
+from headway.startup import opened
 from services.worker import frames
-from services.worker.handling import Failed, as_job_error, handle, innermost
+from services.worker.handling import Failed, as_job_error, handle
 from services.worker.proxy import Line, ProxyContext
 
 _PR_SET_PDEATHSIG = 1
@@ -57,7 +58,8 @@ async def work(connection: socket.socket) -> None:
 async def _handle(start: Mapping[str, Any], job: ProxyContext) -> Any:
     sys.path[:] = start["path"]
     kind = find(start["kind"], start["module"], start["kinds"])
-    return await handle(kind, job, start["input"], start["max_result"])
+    async with opened(kind.needs.values()) as found:
+        return await handle(kind, job, start["input"], start["max_result"], found)
 
 
 async def _listen(line: Line, job: ProxyContext, handling: "asyncio.Task[Any]") -> None:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from headway.context import JobContext
 from headway.errors import JOB_ERRORS, Fatal, HandlerFailed, InputRefused, JobError
 from headway.kinds import Kind
+from headway.startup import Dependency
 from services.worker.performing import perform
 
 # How much of a traceback's end is kept.
@@ -26,8 +27,8 @@ class Failed(HandlerFailed):
         self.trace = trace
 
 
-async def handle(kind: Kind, job: JobContext, input: Any, max_result: int) -> Any:
-    """The handler's result as JSON values.
+async def handle(kind: Kind, job: JobContext, input: Any, max_result: int, opened: Mapping[Dependency, Any]) -> Any:
+    """The handler's result as JSON values. `opened` has what the kind needs.
 
     Raises InputRefused, what the handler raises, HandlerFailed for a result that is not what the kind declares, and
     Fatal for one of more than `max_result` bytes.
@@ -39,7 +40,7 @@ async def handle(kind: Kind, job: JobContext, input: Any, max_result: int) -> An
         where = ".".join(str(part) for part in ("input", *first["loc"]))
         raise InputRefused(f"{where}: {first['msg']}.") from None
     try:
-        returned = await perform(kind, job, value)
+        returned = await perform(kind, job, value, opened)
     except (SystemExit, KeyboardInterrupt) as error:
         # Either would end the process, and with it every other job that runs here.
         raise HandlerFailed(message(error)) from error
@@ -64,13 +65,6 @@ def find_source(sources: Mapping[str, T], name: str) -> T:
         there = ", ".join(sorted(sources)) or "none; the operator names them in HEADWAY_SOURCES"
         raise Fatal(f"There is no source {name!r}; there are: {there}.")
     return sources[name]
-
-
-def innermost(error: BaseException | None) -> BaseException | None:
-    """What one task of a TaskGroup raised, out of the group that it is wrapped in."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
 
 
 def as_job_error(error: BaseException) -> JobError:

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
@@ -13,19 +13,21 @@ from headway.context import JobContext
 from headway.errors import HandlerFailed
 from headway.job import Progress
 from headway.kinds import Kind
+from headway.startup import Dependency
 
 
-async def perform(kind: Kind, job: JobContext, value: Any) -> Any:
-    """What the handler gives for `value`. Raises what it raises."""
+async def perform(kind: Kind, job: JobContext, value: Any, opened: Mapping[Dependency, Any]) -> Any:
+    """What the handler gives for `value`, with what it needs of what is open. Raises what it raises."""
+    given = {name: opened[dependency] for name, dependency in kind.needs.items()}
     match kind.form:
         case "coroutine":
-            return await kind.handler(job, value)
+            return await kind.handler(job, value, **given)
         case "async generator":
-            return await _exhaust(kind.handler(job, value), job)
+            return await _exhaust(kind.handler(job, value, **given), job)
         case "function":
-            return await _in_thread(job, lambda plain: kind.handler(plain, value))
+            return await _in_thread(job, lambda plain: kind.handler(plain, value, **given))
         case "generator":
-            return await _in_thread(job, lambda plain: _exhaust_plain(kind.handler(plain, value), plain))
+            return await _in_thread(job, lambda plain: _exhaust_plain(kind.handler(plain, value, **given), plain))
 
 
 class _Yielded:

@@ -10,15 +10,26 @@ from uuid import UUID
 import structlog
 
 from headway import metrics
-from headway.errors import JOB_ERRORS, Fatal, HandlerFailed, InputRefused, JobError, LeaseLost, Retry, TimedOut
+from headway.errors import (
+    JOB_ERRORS,
+    Fatal,
+    HandlerFailed,
+    InputRefused,
+    JobError,
+    LeaseLost,
+    Retry,
+    TimedOut,
+    innermost,
+)
 from headway.job import Artifact, Claim, Ending
 from headway.kinds import Kind
 from headway.lifecycle import kept
+from headway.startup import Dependency
 from headway.states import JobState
 from headway.store import OUTAGES, REFUSALS
 from services.worker import process
 from services.worker.context import Context, Parts
-from services.worker.handling import Failed, as_job_error, handle, innermost, text
+from services.worker.handling import Failed, as_job_error, handle, text
 
 # How long a handler that was interrupted may take to clean up before it is left to itself.
 GRACE = 10.0
@@ -81,9 +92,10 @@ class Attempt:
 class Runner:
     """Runs claims and remembers which are under way."""
 
-    def __init__(self, kinds: Mapping[str, Kind], parts: Parts) -> None:
+    def __init__(self, kinds: Mapping[str, Kind], parts: Parts, opened: Mapping[Dependency, Any]) -> None:
         self._kinds = kinds
         self._parts = parts
+        self._opened = opened
         self._attempts: dict[tuple[UUID, int], Attempt] = {}
         self._left_behind: set[asyncio.Task[Any]] = set()
         self._abandoned = False
@@ -176,7 +188,7 @@ class Runner:
         kind, settings = self._kinds[claim.kind], self._parts.settings
         if kind.runs == "process":
             return await process.handle(kind, claim, context, settings)
-        return await handle(kind, context, claim.input, settings.max_result)
+        return await handle(kind, context, claim.input, settings.max_result, self._opened)
 
     async def _end(
         self,

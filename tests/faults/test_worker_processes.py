@@ -148,7 +148,7 @@ async def test_a_worker_that_waits_for_its_database_lives_is_not_ready_and_stops
 
     assert (await waiting.ops.get("/livez")).status_code == 200
     ready = await waiting.ops.get("/readyz")
-    assert (ready.status_code, ready.text) == (503, "waiting for the database\n")
+    assert (ready.status_code, ready.text) == (503, "waiting for the database, or for what handlers need\n")
     waiting.signal(signal.SIGTERM)
     assert await waiting.ended() == 0
 

@@ -1,7 +1,7 @@
 """What a job author may write, and what is said to one who writes something else."""
 
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
-from headway import JobContext, Progress, SyncJobContext, kind, kinds
+from headway import JobContext, Progress, SyncJobContext, kind, kinds, on_startup, startup
 from headway.errors import InvalidSettings
 
 
@@ -28,10 +28,12 @@ class Result(BaseModel):
 @pytest.fixture(autouse=True)
 def registry() -> Iterator[None]:
     """What a test registers is forgotten after it."""
-    before = kinds.discover()
+    before, opened_before = kinds.discover(), dict(startup._registry)
     yield
     kinds._registry.clear()
     kinds._registry.update(before)
+    startup._registry.clear()
+    startup._registry.update(opened_before)
 
 
 def test_a_kind_is_announced_with_its_name_description_timeout_and_schemas() -> None:
@@ -85,10 +87,9 @@ def test_a_name_of_another_form_is_refused(name: str) -> None:
 async def no_result(job: JobContext, input: Input): ...  # type: ignore[no-untyped-def]
 async def no_input(job: JobContext) -> None: ...
 async def untyped_input(job: JobContext, input) -> None: ...  # type: ignore[no-untyped-def]
-async def too_much(job: JobContext, input: Input, more: int) -> None: ...
 
 
-@pytest.mark.parametrize("handler", [no_result, no_input, untyped_input, too_much])
+@pytest.mark.parametrize("handler", [no_result, no_input, untyped_input])
 def test_a_handler_of_another_form_is_refused_and_shown_the_right_one(handler: Callable[..., Any]) -> None:
     with pytest.raises(InvalidSettings, match=r"async def build\(job: JobContext, input: In\) -> Out"):
         kind("report.build")(handler)
@@ -140,6 +141,59 @@ def test_a_plain_function_and_a_generator_are_announced_like_any_other() -> None
     assert announced[0]["result_schema"] == announced[1]["result_schema"]
     assert announced[0]["result_schema"]["properties"]["total"]["type"] == "string"
     assert announced[0]["input_schema"] == announced[1]["input_schema"]
+
+
+class Pool: ...
+
+
+class Cache: ...
+
+
+async def pool() -> AsyncIterator[Pool]:
+    yield Pool()
+
+
+async def other_pool() -> AsyncIterator[Pool]:
+    yield Pool()
+
+
+async def needs_a_pool(job: JobContext, input: Input, pool: Pool) -> None: ...
+
+
+def test_a_handler_takes_what_functions_of_on_startup_yield_by_its_type() -> None:
+    on_startup(pool)
+    kind("report.build")(needs_a_pool)
+
+    assert [need.name.rpartition(".")[2] for need in kinds.discover()["report.build"].needs.values()] == ["pool"]
+    assert kinds.discover()["report.build"].as_json()["input_schema"]["title"] == "Input"
+
+
+def test_a_parameter_that_nothing_yields_is_refused_and_so_is_one_that_two_do() -> None:
+    with pytest.raises(InvalidSettings, match=r"report\.build takes pool: Pool, but no function with @on_startup"):
+        kind("report.build")(needs_a_pool)
+    on_startup(pool)
+    on_startup(other_pool)
+    with pytest.raises(InvalidSettings, match=r"takes pool: Pool, but .*\.pool and .*\.other_pool yield that"):
+        kind("report.build")(needs_a_pool)
+
+
+async def no_generator() -> Pool: ...  # type: ignore[empty-body]
+async def of_a_parameter(url: str) -> AsyncIterator[Pool]:
+    yield Pool()
+
+
+def plain_generator() -> Iterator[Pool]:
+    yield Pool()
+
+
+async def untold():  # type: ignore[no-untyped-def]
+    yield Pool()
+
+
+@pytest.mark.parametrize("function", [no_generator, of_a_parameter, plain_generator, untold])
+def test_a_function_of_on_startup_of_another_form_is_refused_and_shown_the_right_one(function: Any) -> None:
+    with pytest.raises(InvalidSettings, match=r"must look like `async def warehouse\(\) -> AsyncIterator\[Pool\]`"):
+        on_startup(function)
 
 
 class Opaque:

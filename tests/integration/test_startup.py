@@ -1,0 +1,80 @@
+"""What handlers need: opened before the worker takes jobs, shared by them, closed after the last."""
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from headway.embedded import Embedded
+from headway.errors import StartFailed
+from headway.states import JobState
+from tests.engine import Engine, worker
+from tests.engine import engine as make_engine
+from tests.faults.conftest import Spawner
+from tests.integration import startup_handlers
+from tests.integration.startup_handlers import faulty, happened
+
+
+@pytest.fixture
+async def engine(servers: Embedded, tmp_path: Path) -> AsyncIterator[Engine]:
+    async with make_engine(servers, tmp_path) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def nothing_happened() -> Iterator[None]:
+    happened.clear()
+    yield
+    faulty.clear()
+
+
+async def test_what_handlers_need_is_opened_once_shared_and_closed_when_the_worker_stops(engine: Engine) -> None:
+    async with worker(engine.settings):
+        assert happened == ["warehouse opened", "shelf opened"]
+        jobs = [await engine.submit_kind(kind, 1) for kind in ("startup.ask", "startup.thread", "startup.ask")]
+        results = [(await engine.ended(job_id)).result for job_id in jobs]
+    assert sorted(results) == [1, 2, 3]
+    assert happened == ["warehouse opened", "shelf opened", "shelf closed", "warehouse closed"]
+
+
+async def test_a_process_opens_what_its_kind_needs_and_nothing_else(engine: Engine) -> None:
+    async with worker(engine.settings):
+        job = await engine.ended(await engine.submit_kind("startup.process", 1))
+    model, *opened = job.result
+    assert model.startswith("model of ")
+    assert model != f"model of {os.getpid()}"
+    assert opened == ["model opened"]
+
+
+async def test_a_process_whose_needs_cannot_be_opened_fails_its_attempt(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAULTY", "model")
+    async with worker(engine.settings):
+        job = await engine.ended(await engine.submit_kind("startup.process", 1))
+    assert job.state == JobState.FAILED
+    assert job.error is not None
+    assert (
+        "startup_handlers.model, which handlers need, failed at start: MemoryError: the model" in job.error["message"]
+    )
+
+
+async def test_a_worker_whose_needs_cannot_be_opened_announces_nothing(engine: Engine) -> None:
+    faulty.add("warehouse")
+    with pytest.raises(StartFailed, match=r"startup_handlers\.warehouse, which handlers need, failed .*nobody answers"):
+        async with worker(engine.settings):
+            pass
+    assert await engine.store.kinds() == []
+
+
+async def test_a_worker_process_whose_needs_cannot_be_opened_ends_with_a_sentence(
+    engine: Engine, tmp_path: Path
+) -> None:
+    spawner = Spawner(engine, tmp_path)
+    try:
+        process = await spawner(ready=False, HEADWAY_KINDS=startup_handlers.__name__, FAULTY="warehouse")
+        assert await process.ended(within=30) == 1
+        assert "startup_handlers.warehouse, which handlers need, failed at start" in process.log.read_text()
+    finally:
+        await spawner.end()
