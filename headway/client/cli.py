@@ -14,9 +14,9 @@ from uuid import UUID
 
 import click
 
-from headway.client import actions, pages, text
+from headway.client import actions, kinds, pages, text
 from headway.client.render import Lines, view
-from headway.client.session import OUTCOMES, Input, Session, Upload
+from headway.client.session import OUTCOMES, Input, Session, Upload, json_option
 from headway.states import JobState
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 COLOURS = {JobState.SUCCEEDED: "green", JobState.FAILED: "red", JobState.CANCELLED: "yellow", JobState.RUNNING: "cyan"}
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, each object on a line of its own.")
 job_argument = click.argument("job_id", metavar="ID", type=click.UUID)
 
 
@@ -218,28 +217,7 @@ def get(session: Session, job_id: UUID, as_json: bool) -> None:
 
 cli.add_command(actions.cancel)
 cli.add_command(actions.retry)
-
-
-@cli.command()
-@click.argument("name", required=False)
-@json_option
-@click.pass_obj
-def kinds(session: Session, name: str | None, as_json: bool) -> None:
-    """List the kinds of job there are, or show what the kind NAME takes and gives."""
-
-    async def work(client: "Client") -> int:
-        found = [await client.kind(name)] if name else await client.kinds()
-        if as_json:
-            lines = [text.as_json(kind) for kind in found]
-        elif name:
-            lines = pages.kind(found[0])
-        else:
-            lines = pages.kinds(found)
-        for line in lines:
-            click.echo(line)
-        return 0
-
-    session.run(work)
+cli.add_command(kinds.kinds)
 
 
 @cli.command()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FAILED, CANCELLED, REFUSED, INTERRUPTED = 1, 3, 4, 130
 OUTCOMES = {JobState.SUCCEEDED: 0, JobState.FAILED: FAILED, JobState.CANCELLED: CANCELLED}
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, each object on a line of its own.")
 NAMED_FILE = re.compile(r"([A-Za-z_]\w*)=(.+)", re.DOTALL)
 
 

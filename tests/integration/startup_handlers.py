@@ -15,6 +15,11 @@ faulty: set[str] = set(os.environ.get("FAULTY", "").split())
 class Warehouse:
     def __init__(self) -> None:
         self.asked = 0
+        self.broken = asyncio.Event()
+
+    async def refresh(self) -> None:
+        await self.broken.wait()
+        raise ConnectionError("the warehouse is gone")
 
 
 class Shelf:
@@ -34,8 +39,8 @@ async def warehouse() -> AsyncIterator[Warehouse]:
         if "warehouse" in faulty:
             raise ConnectionError("nobody answers")
         happened.append("warehouse opened")
-        refresh = group.create_task(asyncio.sleep(3600))
-        yield Warehouse()
+        refresh = group.create_task((warehouse := Warehouse()).refresh())
+        yield warehouse
         refresh.cancel()
     happened.append("warehouse closed")
 
@@ -78,3 +83,10 @@ def ask_in_a_thread(job: SyncJobContext, input: int, warehouse: Warehouse) -> in
 @kind("startup.process", runs="process", max_attempts=1)
 async def compute(job: JobContext, input: int, model: Model) -> list[str]:
     return [model, *happened]
+
+
+@kind("startup.break")
+async def break_warehouse(job: JobContext, input: None, warehouse: Warehouse) -> None:
+    """Lets a task that the warehouse has in the background fail."""
+    warehouse.broken.set()
+    await asyncio.Event().wait()

@@ -1,5 +1,6 @@
 """What handlers need: opened before the worker takes jobs, shared by them, closed after the last."""
 
+import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from headway.embedded import Embedded
 from headway.errors import StartFailed
 from headway.states import JobState
+from services.worker.app import App
 from tests.engine import Engine, worker
 from tests.engine import engine as make_engine
 from tests.faults.conftest import Spawner
@@ -78,3 +80,17 @@ async def test_a_worker_process_whose_needs_cannot_be_opened_ends_with_a_sentenc
         assert "startup_handlers.warehouse, which handlers need, failed at start" in process.log.read_text()
     finally:
         await spawner.end()
+
+
+async def test_what_breaks_later_ends_the_worker(engine: Engine) -> None:
+    app = await App.open(engine.settings)
+    working = asyncio.create_task(app.worker.async_run())
+    await engine.submit_kind("startup.break", None)
+    try:
+        async with asyncio.timeout(10):
+            with pytest.raises(ExceptionGroup) as raised:
+                await working
+        assert "the warehouse is gone" in repr(raised.value.exceptions)
+    finally:
+        await app.worker.drain(0)
+        await app.close()
