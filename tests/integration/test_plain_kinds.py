@@ -1,7 +1,9 @@
 """Plain functions and generators as handlers: what reaches the job, how they end, and how a cancel is felt."""
 
+import asyncio
 import inspect
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from headway.settings import Source
 from headway.states import JobState
 from services.worker import process, runner
 from services.worker.app import App
+from services.worker.context import Context, Parts
+from services.worker.performing import perform
 from tests.conftest import until
 from tests.engine import Engine, worker
 from tests.engine import engine as make_engine
@@ -161,6 +165,20 @@ async def test_a_plain_function_that_hangs_in_a_process_is_killed(
         os.kill(child, 0)
 
 
+async def test_a_thread_that_does_not_end_does_not_keep_the_process(idle: Engine) -> None:
+    """The loop cancels what is left when it ends."""
+    claim = await idle.claim(await idle.submit_kind("plain.deaf", None), "plain.deaf")
+    context = Context(claim, Parts(idle.settings, idle.store, idle.lifecycle, idle.files), runner.Attempt())
+    performing = asyncio.create_task(perform(kinds.discover()["plain.deaf"], context, None, {}))
+    await until(plain_handlers.started.is_set)
+    for _ in range(2):
+        performing.cancel()
+        await asyncio.wait({performing}, timeout=0.1)
+
+    assert performing.cancelled()
+    assert [thread for thread in threading.enumerate() if str(claim.job_id) in thread.name and thread.daemon]
+
+
 async def test_errors_of_a_thread_are_kept(engine: Engine) -> None:
     messages = {}
     for way in ("exit", "stop", "value"):
@@ -233,5 +251,8 @@ async def test_a_generator_feels_a_cancel_where_it_yields(engine: Engine, kind: 
         ("yields.wrong", {"type": "integer"}),
     ],
 )
-def test_the_schema_of_a_generators_result_is_that_of_what_it_yields_last(name: str, schema: dict[str, Any]) -> None:
-    assert kinds.discover()[name].as_json()["result_schema"] == schema
+async def test_the_schema_of_a_generators_result_is_that_of_what_it_yields_last(
+    engine: Engine, name: str, schema: dict[str, Any]
+) -> None:
+    announced = {kind["name"]: kind for kind in await engine.store.kinds()}
+    assert announced[name]["result_schema"] == schema
