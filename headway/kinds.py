@@ -22,6 +22,7 @@ from headway.job import Progress
 from headway.startup import Dependency
 
 Handler = Callable[..., Any]
+F = TypeVar("F", bound=Handler)
 Runs = Literal["worker", "thread", "process"]
 Form = Literal["coroutine", "async generator", "function", "generator"]
 
@@ -37,9 +38,6 @@ LOOKS: Mapping[Form, str] = {
 PLAIN = ("function", "generator")
 ITERATORS = (AsyncIterator, AsyncGenerator, Iterator, Generator)
 UNITS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +107,10 @@ def kind(
 
     The function takes a JobContext, or a SyncJobContext if it is plain, and one pydantic model (or anything that
     pydantic can validate), and returns another; both are read from its annotations. A generator yields Progress, and as
-    its last the result. The first paragraph of the docstring describes the kind to clients. Raises InvalidSettings if
-    the name is taken, or the name, the timeout or the signature does not fit.
+    its last the result. Further parameters are what functions with `@on_startup` yield, found by their types. The first
+    paragraph of the docstring describes the kind to clients.
 
-    Further parameters are what functions with `@on_startup` yield, found by their types.
+    Raises InvalidSettings if the name is taken, or the name, the timeout or the signature does not fit.
     """
     limit = seconds(timeout)
     if not 0 < limit < math.inf:
@@ -206,7 +204,7 @@ def _result(name: str, form: Form, hint: Any) -> Any:
     return Union[results] if results else None  # noqa: UP007
 
 
-def _place(handler: Callable[..., Any]) -> str:
+def _place(handler: Handler) -> str:
     return f"{handler.__module__}.{handler.__qualname__}"
 
 

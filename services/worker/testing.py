@@ -196,9 +196,11 @@ def _servers() -> Embedded:
     servers = stack.enter_context(Embedded(Path(home), durable=False))
     atexit.register(stack.close)
     servers.create_database(TEMPLATE)
+    others = {name: value for name, value in os.environ.items() if not name.startswith("HEADWAY_")}
+    ours = {"HEADWAY_HOME": home, "DJANGO_SETTINGS_MODULE": "services.web.settings"}
     subprocess.run(
         [sys.executable, "-m", "services.web.manage", "migrate", "--verbosity=0"],
-        env={"PATH": os.environ.get("PATH", ""), **_environment(servers, TEMPLATE), "HEADWAY_HOME": home},
+        env=others | ours | _environment(servers, TEMPLATE),
         check=True,
     )
     return servers

@@ -104,6 +104,15 @@ async def test_the_tutorial_does_what_it_says(engine: Engine, tmp_path: Path) ->
     assert (await process.communicate())[0] == b"True\n"
 
 
+def test_the_worker_image_finds_modules_where_the_pages_copy_them() -> None:
+    """`make e2e` shows that it runs them."""
+    pages = [(ROOT / "docs" / page).read_text() for page in ("tutorial.md", "deploy.md")]
+    copied = [place for page in pages for place in re.findall(r"^FROM headway-worker\nCOPY \S+ (\S+)/$", page, re.M)]
+    assert copied == ["/kinds", "/kinds"]
+    worker = (ROOT / "Dockerfile").read_text().partition("AS worker\n")[2].partition("FROM ")[0]
+    assert "ENV PYTHONPATH=/kinds\n" in worker
+
+
 def test_the_modules_of_the_pages_about_kinds_can_be_imported(tmp_path: Path) -> None:
     """Their blocks stand in one module, in the order of the page."""
     page = (ROOT / "docs" / "writing-kinds.md").read_text()
