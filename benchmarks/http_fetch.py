@@ -29,7 +29,7 @@ import uvloop
 from aiohttp import web
 
 from headway import JobContext
-from headway.context import ArtifactWriter, InputFile
+from headway.context import ArtifactWriter
 from headway.files import Files
 from headway.job import File
 from services.worker.kinds.http_fetch import FetchInput, fetch

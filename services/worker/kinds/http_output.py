@@ -9,8 +9,8 @@ from mimetypes import MimeTypes
 from pydantic import BaseModel, Field
 from pydantic_core import from_json, to_json
 
+from headway.context import ArtifactWriter
 from headway.fetching.fetcher import Record
-from headway.kinds import ArtifactWriter
 from services.worker.kinds.image_archive import Archive
 from services.worker.kinds.saved import Saved
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic_core import from_json
 
 from headway import Fatal
-from headway.kinds import InputFile
+from headway.context import InputFile
 from services.worker.kinds.csv_text import Text
 
 MOST_ROWS = 1_000_000
