@@ -406,7 +406,7 @@ async def test_an_import_that_is_stopped_midway_leaves_no_table(
 
     await stop(service, source, job_id)
 
-    job = await service.client.wait(job_id, timeout=5)
+    job = await service.client.wait(job_id, timeout=30)
     assert job["state"] == state
     assert job["progress"]["done"] < len(data)
     assert (job["error"] and job["error"]["message"]) == message
