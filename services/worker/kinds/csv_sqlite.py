@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import islice
 from typing import Any, TypeVar
 from urllib.parse import quote
 from uuid import UUID, uuid4
@@ -27,6 +28,8 @@ LOCKED_PAUSE = 0.05
 # Held in memory before it goes to the file, for which readers would have to wait until the chunk ends; in KiB.
 CACHE = 64 << 10
 DROP_TIMEOUT = 8.0
+# Rows that are lists at a time: so few that they are gone before Python looks for garbage, which holds up all threads.
+AT_A_TIME = 200
 # Digits that any number may have and still be the same as a double; SQLite has no decimals.
 EXACT = 15
 
@@ -232,19 +235,16 @@ class SqliteTable:
 
     def _insert(self, columns: Mapping[str, str], data: bytes, delimiter: str) -> int:
         """The rows of a piece; how many they were."""
-        rows = [row for row in csv.reader(io.StringIO(data.decode(), newline=""), delimiter=delimiter) if row]
-        if rows:
-            cast = self._target.mode == "create"
-            values = [
-                _values(name, column_type if cast else "text", texts)
-                for (name, column_type), texts in zip(columns.items(), zip(*rows, strict=True), strict=True)
-            ]
-            places = ", ".join("?" * len(columns))
-            self._connection.executemany(
-                f"INSERT INTO {self._staging} VALUES ({places})",  # noqa: S608  the job's id and question marks
-                zip(*values, strict=True),
-            )
-        return len(rows)
+        types = [
+            (name, column_type if self._target.mode == "create" else "text") for name, column_type in columns.items()
+        ]
+        statement = f"INSERT INTO {self._staging} VALUES ({', '.join('?' * len(types))})"  # noqa: S608  the job's id
+        reader, count = csv.reader(io.StringIO(data.decode(), newline=""), delimiter=delimiter), 0
+        while rows := list(islice(reader, AT_A_TIME)):
+            values = [_values(*given, texts) for given, texts in zip(types, zip(*rows, strict=True), strict=True)]
+            self._connection.executemany(statement, zip(*values, strict=True))
+            count += len(rows)
+        return count
 
     def _merge(self, columns: Mapping[str, str]) -> None:
         """Move the rows, within the transaction, in the order of the file."""
