@@ -207,7 +207,7 @@ class DigestMismatch(InvalidRequest):
 
 
 class TooMany(Problem):
-    """More connections or subscriptions than a client may have at a time; the detail names the limit."""
+    """More connections, subscriptions or calls than a client may have at a time; the detail names the limit."""
 
     status, slug, title = 429, "too-many", "More than is allowed at a time"
 

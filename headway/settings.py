@@ -36,7 +36,8 @@ def _items(value: object) -> object:
 
 
 def _mapping(value: object) -> object:
-    return json.loads(value) if isinstance(value, str) else value
+    """JSON; the empty string to nothing."""
+    return json.loads(value or "{}") if isinstance(value, str) else value
 
 
 def _source(value: object) -> object:

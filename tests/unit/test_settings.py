@@ -141,6 +141,7 @@ def test_credentials_belong_to_an_origin_and_are_not_shown() -> None:
     settings = load(given('{"https://api.example": {"Authorization": "Bearer hunter2", "X-Api-Key": "hunter2"}}'))
     assert settings.credentials["https://api.example"]["Authorization"] == "Bearer hunter2"
     assert "hunter2" not in repr(settings)
+    assert load(given("")).credentials == {}
     for wrong in (
         '{"api.example": {"X-Api-Key": "hunter2"}}',
         '{"https://api.example/": {"X-Api-Key": "hunter2"}}',

@@ -82,18 +82,14 @@ class Robots:
             origin = str(target.origin())
         except ValueError:
             return True
-        while (known := self._rules.get(origin)) is not None:
-            try:
-                # Whoever asks may be cancelled; the others go on to wait.
-                return (await asyncio.shield(known)).allow(target.raw_path_qs)
-            except asyncio.CancelledError:
-                if not known.cancelled():
-                    raise
+        if (known := self._rules.get(origin)) is not None:
+            # Whoever waits may be cancelled; the others go on to wait.
+            return (await asyncio.shield(known)).allow(target.raw_path_qs)
         asking = self._rules[origin] = asyncio.get_running_loop().create_future()
         try:
             rules = await self._ask(origin)
-        except BaseException:
-            del self._rules[origin]
+        except asyncio.CancelledError:
+            # The job ends, and with it whoever waits for this.
             asking.cancel()
             raise
         asking.set_result(rules)
