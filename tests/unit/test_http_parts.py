@@ -1,6 +1,10 @@
 """The parts of http.fetch that need no server: rules of robots.txt, Retry-After, templates."""
 
+import asyncio
+import csv
+import io
 import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -8,9 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headway import Fatal
 from services.worker.kinds.http_retries import retry_after
 from services.worker.kinds.http_robots import Rules
+from services.worker.kinds.http_rows import Format, Rows
 from services.worker.kinds.http_templates import JsonTemplate, Template, url_template
+from tests.unit.test_csv_text import InMemory
 
 
 @pytest.mark.parametrize(
@@ -101,3 +108,35 @@ def test_templates_take_values_as_they_are_or_encoded() -> None:
     assert JsonTemplate({"a": ["{id} {name}", {"b": "{none}"}]}).names == ["id", "name", "none"]
     with pytest.raises(KeyError, match="nope"):
         Template("{nope}").fill(row)
+
+
+cells = st.text(alphabet='ab,;"\n é{}', max_size=6)
+
+
+@given(
+    rows=st.lists(st.tuples(cells, cells, cells), min_size=1, max_size=12),
+    delimiter=st.sampled_from(",;\t"),
+    step=st.integers(1, 40),
+)
+def test_rows_of_csv_are_read_as_they_were_written_however_they_arrive(
+    rows: list[tuple[str, str, str]], delimiter: str, step: int
+) -> None:
+    written = io.StringIO()
+    writer = csv.writer(written, delimiter=delimiter, quoting=csv.QUOTE_ALL)
+    writer.writerows([("id", "url", "last one"), *rows])
+
+    async def read() -> tuple[int, list[object]]:
+        found = await Rows.open(InMemory(written.getvalue().encode(), step), "csv")
+        return await found.count(), [row async for row in found.read()]
+
+    expected = [dict(zip(("id", "url", "last one"), row, strict=True)) for row in rows]
+    assert asyncio.run(read()) == (len(rows), expected)
+
+
+@given(st.binary(max_size=300), st.sampled_from(["text", "csv", "jsonl"]), st.integers(1, 50))
+def test_any_bytes_are_rows_or_a_refusal(data: bytes, format: Format, step: int) -> None:
+    async def read() -> None:
+        with suppress(Fatal):
+            await (await Rows.open(InMemory(data, step), format)).count()
+
+    asyncio.run(read())

@@ -98,7 +98,7 @@ class Text:
                     for piece in unpacker.feed(data) if unpacker else [data]:
                         made += len(piece)
                         if made > EXPANSION * self.size + PIECE:
-                            raise Fatal(f"The file becomes more than {EXPANSION} times as large: it is no CSV file.")
+                            raise Fatal(f"The file becomes more than {EXPANSION} times as large, which no text does.")
                         yield piece
             if unpacker:
                 unpacker.end()
