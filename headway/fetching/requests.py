@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import to_json
 
 HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}")
@@ -29,6 +30,17 @@ TRANSPORT = frozenset(
     }
 )
 SECRET = frozenset({"authorization", "cookie", "proxy-authorization"})
+# The same for JSON Schema, whose patterns know small letters and capitals apart.
+NOT_SECRET: JsonDict = {
+    "not": {
+        "pattern": "^("
+        + "|".join(
+            "".join(f"[{letter.upper()}{letter}]" if letter.isalpha() else letter for letter in name)
+            for name in sorted(SECRET)
+        )
+        + ")$"
+    }
+}
 
 Method = Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 # What is kept of the body of an answer; `archive` is its bytes.
@@ -71,7 +83,9 @@ class Asking(BaseModel):
     headers: Annotated[dict[str, str], AfterValidator(_chosen)] = Field(
         default_factory=dict,
         max_length=MOST_HEADERS,
-        description="Headers of every request. Credentials are refused here: the operator names them for their host.",
+        # So that the API refuses them before they are kept.
+        json_schema_extra={"propertyNames": NOT_SECRET},
+        description="Headers of every request. Authorization and Cookie are refused: operators name them for a host.",
     )
     data: str | None = Field(None, max_length=1 << 20, description="Text to send as the body of every request.")
     payload: Any = Field(

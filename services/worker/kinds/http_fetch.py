@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack, aclosing, suppress
+from typing import Any
 from uuid import UUID
 
 from pydantic import ConfigDict, Field, model_validator
@@ -29,11 +30,16 @@ ARCHIVE_FILES = 10_000
 LAST_SAVE = 3.0
 
 
+def _for_readers(schema: dict[str, Any]) -> None:
+    """What to fetch comes first. The API holds inputs against the schema, so that it says that one of two is needed."""
+    properties = schema["properties"]
+    first = {name: properties.pop(name) for name in ("urls", "file", "format", "url")}
+    schema["properties"] = first | properties
+    schema["oneOf"] = [{"required": ["urls"]}, {"required": ["file"]}]
+
+
 class FetchInput(Asking):
-    # The API holds inputs against the schema, so that it says so as well.
-    model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"oneOf": [{"required": ["urls"]}, {"required": ["file"]}]}
-    )
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_for_readers)
 
     urls: list[Url] = Field(
         default_factory=list,
