@@ -70,15 +70,13 @@ class Fetching:
             room=settings.fetch_bytes,
         )
         headers, sent = asked.sent_headers, asked.sent
-
-        async def one(index: int, url: str) -> Record:
-            return await fetcher.fetch(Request(index, url, asked.method, headers, sent))
-
         async with asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(deadlines.watch())
-            records = await asyncio.gather(
-                *(tasks.create_task(one(index, url)) for index, url in enumerate(asked.urls))
-            )
+            fetching = [
+                tasks.create_task(fetcher.fetch(Request(index, url, asked.method, headers, sent)))
+                for index, url in enumerate(asked.urls)
+            ]
+            records = [await each for each in fetching]
             watching.cancel()
         return records
 
