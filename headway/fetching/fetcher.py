@@ -169,7 +169,7 @@ def _target(url: str, base: URL | None = None) -> URL:
         raise ValueError("The URL is not well-formed.") from None
     if not reachable:
         raise ValueError("Only http and https URLs with a host can be fetched.")
-    if "@" in target.raw_authority:
+    if "@" in url and "@" in target.raw_authority:
         raise ValueError("A user name or password in the URL is refused.")
     return target.with_fragment(None) if target.raw_fragment else target
 

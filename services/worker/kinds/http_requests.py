@@ -63,11 +63,11 @@ class Requests:
             raise FetchError("bad-row", row)
         try:
             url = self._url.fill(row)
-            headers = {name: template.fill(row) for name, template in self._filled_headers.items()}
+            headers = {name: template.fill(row) for name, template in self._filled_headers.items()} or None
             sent = self._body(row)
         except KeyError as error:
             raise FetchError("bad-row", f"The row has no {error.args[0]!r}.") from None
-        for name, value in headers.items():
+        for name, value in headers.items() if headers else ():
             if why := unsendable(name, value):
                 raise FetchError("bad-row", f"With the row's values, {why}.")
         if len(url) > LONGEST_URL:
