@@ -63,9 +63,9 @@ def everything_in_a_process(job: SyncJobContext, input: UUID) -> Done:
 @kind("plain.until", runs="thread", max_attempts=1)
 def until_cancelled(job: SyncJobContext, input: str) -> str:
     """Goes on until it feels a cancel in the way that is asked for."""
-    job.report(1)
-    started.set()
     try:
+        job.report(1)
+        started.set()
         while input == "report":
             job.report(2)
         while input == "ask" and not job.cancelled:

@@ -57,7 +57,7 @@ def signals() -> Iterator[None]:
 
 
 async def ended(engine: Engine, kind: str, input: Any, **more: Any) -> Job:
-    return await engine.ended(await engine.submit_kind(kind, input, **more))
+    return await engine.ended(await engine.submit_kind(kind, input, **more), within=30)
 
 
 async def checkpoint(engine: Engine, job_id: UUID) -> Any:
@@ -107,7 +107,7 @@ async def test_a_cancel_of_a_thread_is_felt_at_a_report_or_when_it_asks(engine: 
     await until(plain_handlers.started.is_set)
     await engine.lifecycle.cancel(job_id, engine.tenant.id)
 
-    job = await engine.ended(job_id)
+    job = await engine.ended(job_id, within=30)
 
     # One that returns a result has finished: the cancel came too late.
     expected = (JobState.CANCELLED, None) if way == "report" else (JobState.SUCCEEDED, "stopped by itself")
@@ -124,7 +124,7 @@ async def test_a_thread_that_waits_for_children_is_cancelled_with_them(engine: E
 
     await until(waits)
     await engine.lifecycle.cancel(job_id, engine.tenant.id)
-    assert (await engine.ended(job_id)).state == JobState.CANCELLED
+    assert (await engine.ended(job_id, within=30)).state == JobState.CANCELLED
 
 
 async def test_a_thread_has_a_timeout(engine: Engine) -> None:
@@ -144,7 +144,7 @@ async def test_a_thread_that_does_not_end_keeps_its_slot_until_it_does(
     assert app.worker.free == 0
     waiting = await engine.submit_kind("yields.worker", 2)
     plain_handlers.release.set()
-    assert (await engine.ended(waiting)).result == 4
+    assert (await engine.ended(waiting, within=30)).result == 4
 
 
 async def test_a_plain_function_that_hangs_in_a_process_is_killed(
@@ -160,7 +160,7 @@ async def test_a_plain_function_that_hangs_in_a_process_is_killed(
     child = await until(pid)
     await engine.lifecycle.cancel(job_id, engine.tenant.id)
 
-    assert (await engine.ended(job_id)).state == JobState.CANCELLED
+    assert (await engine.ended(job_id, within=30)).state == JobState.CANCELLED
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 
@@ -238,7 +238,7 @@ async def test_a_generator_feels_a_cancel_where_it_yields(engine: Engine, kind: 
     await until(plain_handlers.started.is_set)
     await engine.lifecycle.cancel(job_id, engine.tenant.id)
 
-    assert (await engine.ended(job_id)).state == JobState.CANCELLED
+    assert (await engine.ended(job_id, within=30)).state == JobState.CANCELLED
     assert await checkpoint(engine, job_id) == "cancelled"
 
 

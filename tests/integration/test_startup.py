@@ -35,14 +35,14 @@ async def test_what_handlers_need_is_opened_once_shared_and_closed_when_the_work
     async with worker(engine.settings):
         assert happened == ["warehouse opened", "shelf opened"]
         jobs = [await engine.submit_kind(kind, 1) for kind in ("startup.ask", "startup.thread", "startup.ask")]
-        results = [(await engine.ended(job_id)).result for job_id in jobs]
+        results = [(await engine.ended(job_id, within=30)).result for job_id in jobs]
     assert sorted(results) == [1, 2, 3]
     assert happened == ["warehouse opened", "shelf opened", "shelf closed", "warehouse closed"]
 
 
 async def test_a_process_opens_what_its_kind_needs_and_nothing_else(engine: Engine) -> None:
     async with worker(engine.settings):
-        job = await engine.ended(await engine.submit_kind("startup.process", 1))
+        job = await engine.ended(await engine.submit_kind("startup.process", 1), within=30)
     model, *opened = job.result
     assert model.startswith("model of ")
     assert model != f"model of {os.getpid()}"
@@ -54,7 +54,7 @@ async def test_a_process_whose_needs_cannot_be_opened_fails_its_attempt(
 ) -> None:
     monkeypatch.setenv("FAULTY", "model")
     async with worker(engine.settings):
-        job = await engine.ended(await engine.submit_kind("startup.process", 1))
+        job = await engine.ended(await engine.submit_kind("startup.process", 1), within=30)
     assert job.state == JobState.FAILED
     assert job.error is not None
     assert (
@@ -87,7 +87,7 @@ async def test_what_breaks_later_ends_the_worker(engine: Engine) -> None:
     working = asyncio.create_task(app.worker.async_run())
     await engine.submit_kind("startup.break", None)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             with pytest.raises(ExceptionGroup) as raised:
                 await working
         assert "the warehouse is gone" in repr(raised.value.exceptions)
