@@ -5,6 +5,7 @@ import inspect
 import math
 import random
 import re
+import traceback
 import typing
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -218,6 +219,14 @@ def discover(modules: Iterable[str] = ()) -> dict[str, Kind]:
             importlib.import_module(module)
         except ImportError as error:
             raise InvalidSettings(f"The kinds module {module!r} cannot be imported: {error}.") from error
+        except InvalidSettings:
+            raise
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise InvalidSettings(
+                f"The kinds module {module!r} cannot be imported: {type(error).__name__}: {error} "
+                f"({last.filename}, line {last.lineno})."
+            ) from error
     return dict(_registry)
 
 

@@ -238,3 +238,10 @@ def test_the_kinds_in_the_box_and_those_of_a_module_are_found(tmp_path: Path, mo
 def test_a_module_that_cannot_be_imported_is_named() -> None:
     with pytest.raises(InvalidSettings, match=r"'no_such_module' cannot be imported"):
         kinds.discover(["no_such_module"])
+
+
+def test_a_module_that_fails_says_what_and_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_kinds.py").write_text("import math\n\nmath.no_such_name\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InvalidSettings, match=r"'broken_kinds'.*AttributeError.*broken_kinds\.py, line 3"):
+        kinds.discover(["broken_kinds"])
