@@ -115,7 +115,10 @@ class SyncJobContext:
         return self._wait(self._children(list(children)))
 
     def source(self, name: str, *, reading: bool = False) -> str:
-        """The URL of a source from the settings, with `reading` the one for what only reads."""
+        """The URL of a source from the settings, with `reading` the one for what only reads.
+
+        Raises Fatal if there is none that the job's tenant may use, naming those that it may.
+        """
         return self._job.source(name, reading=reading)
 
     # -- for the worker, on its event loop --

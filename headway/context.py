@@ -128,7 +128,7 @@ class JobContext(ABC):
     def source(self, name: str, *, reading: bool = False) -> str:
         """The URL of a source from the settings, with `reading` the one for what only reads.
 
-        Raises Fatal, naming those that exist, if there is none.
+        Raises Fatal if there is none that the job's tenant may use, naming those that it may.
         """
 
 

@@ -7,11 +7,12 @@ Kubernetes secrets). A bad value ends the process with a sentence that names the
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
+from uuid import UUID
 
 from pydantic import (
     AfterValidator,
@@ -21,6 +22,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    WrapValidator,
     model_validator,
 )
 
@@ -43,6 +45,16 @@ def _mapping(value: object) -> object:
 def _source(value: object) -> object:
     """A URL alone to a source of it."""
     return {"url": value} if isinstance(value, str) else value
+
+
+def _tenants(value: object, read: Callable[[object], frozenset[UUID] | None]) -> frozenset[UUID] | None:
+    try:
+        return read(value)
+    except ValidationError:
+        raise ValueError(
+            "tenants must be a list of tenants' ids, as the admin shows them, and not of names; "
+            "leave it out for all tenants, [] is none"
+        ) from None
 
 
 def _networks(value: object) -> object:
@@ -102,6 +114,8 @@ class Source(BaseModel):
 
     url: SourceUrl
     read_url: SourceUrl | None = None
+    # None: all, also those to come.
+    tenants: Annotated[frozenset[UUID] | None, WrapValidator(_tenants)] = None
 
     @property
     def reading(self) -> SecretStr:
@@ -139,8 +153,8 @@ class Settings(BaseModel):
     sources: Annotated[dict[str, Annotated[Source, BeforeValidator(_source)]], BeforeValidator(_mapping)] = Field(
         default_factory=dict,
         description='Databases that queries and kinds may use, JSON: `{"default": "postgresql+asyncpg://…"}`, or '
-        '`{"default": {"url": "…", "read_url": "…"}}` with a role for what only reads. '
-        "Headway's own database is refused.",
+        '`{"default": {"url": "…", "read_url": "…", "tenants": ["…"]}}` with a role for what only reads, and the ids '
+        "of the only tenants that may use it. Headway's own database is refused.",
     )
     source_pool: int = Field(5, ge=1, le=200, description="Most connections a process holds to a source for queries.")
     query_timeout: float = Field(30, gt=0, le=3600, description="Longest time of `POST /query`.")
@@ -215,6 +229,14 @@ class Settings(BaseModel):
     )
     log_format: Literal["json", "text"] = Field("json", description="`json` for machines, `text` for people.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least level that is logged.")
+
+    def sources_of(self, tenant_id: UUID) -> dict[str, Source]:
+        """The sources that a tenant may use. To it there are no others, not even by name."""
+        return {
+            name: source
+            for name, source in self.sources.items()
+            if source.tenants is None or tenant_id in source.tenants
+        }
 
     @property
     def credentials(self) -> dict[str, dict[str, str]]:

@@ -61,11 +61,6 @@ class Sources:
         self._pool = pool
         self._readers: dict[str, Reader] = {}
 
-    @property
-    def names(self) -> list[str]:
-        """Those there are."""
-        return sorted(self._sources)
-
     @asynccontextmanager
     async def read(
         self,

@@ -202,7 +202,7 @@ class Context(JobContext):
         return endings or []
 
     def source(self, name: str, *, reading: bool = False) -> str:
-        source = find_source(self._parts.settings.sources, name)
+        source = find_source(self._parts.settings.sources_of(self._claim.tenant_id), name)
         return (source.reading if reading else source.url).get_secret_value()
 
     async def close(self) -> Mapping[str, Any] | None:

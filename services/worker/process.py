@@ -166,7 +166,7 @@ def _start(kind: Kind, claim: Claim, settings: Settings) -> dict[str, Any]:
         "max_result": settings.max_result,
         "sources": {
             name: [source.url.get_secret_value(), source.reading.get_secret_value()]
-            for name, source in settings.sources.items()
+            for name, source in settings.sources_of(claim.tenant_id).items()
         },
     }
 

@@ -167,5 +167,6 @@ async def refused(job: JobContext, input: UUID) -> list[str]:
         await refusal(twice()),
         await refusal(read(job.read_part("parts/of/another"))),
         await refusal(source("other")),
+        await refusal(source("theirs")),
         await source("default"),
     ]

@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from uuid import UUID
 
 import pytest
 from pydantic import SecretStr
@@ -450,6 +451,22 @@ async def test_a_source_is_given_by_name_and_an_unknown_one_names_those_there_ar
     assert job.source("default") == SOURCE
     with pytest.raises(Fatal, match=r"'other'; there are: default\."):
         job.source("other")
+
+
+async def test_a_source_that_is_not_granted_to_the_jobs_tenant_is_as_unknown_as_none(
+    engine: Engine, claim: Claim
+) -> None:
+    stranger = await make_tenant(engine.database, "stranger")
+    tenants = {"ours": {engine.tenant.id, stranger.id}, "theirs": {stranger.id}, "nobodys": set[UUID]()}
+    sources = {name: Source(url=SecretStr(SOURCE), tenants=frozenset(ids)) for name, ids in tenants.items()}
+    settings = engine.settings.model_copy(update={"sources": sources})
+    job = Context(claim, Parts(settings, engine.store, engine.lifecycle, engine.files), Interruptions())
+
+    assert job.source("ours") == job.source("ours", reading=True) == SOURCE
+    for name in ("theirs", "nobodys", "none"):
+        with pytest.raises(Fatal) as refused:
+            job.source(name, reading=name == "theirs")
+        assert str(refused.value) == f"There is no source {name!r}; there are: ours."
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "a\nb", "\0", "x" * 201, "\ud800"])

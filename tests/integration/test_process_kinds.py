@@ -32,7 +32,11 @@ SOURCE = "postgresql+asyncpg://user:password@somewhere/else"
 @pytest.fixture
 async def idle(servers: Embedded, tmp_path: Path) -> AsyncIterator[Engine]:
     """An engine without a worker."""
-    changed = {"max_file": MAX_FILE, "sources": {"default": Source(url=SecretStr(SOURCE))}, "drain": 0.0}
+    sources = {
+        "default": Source(url=SecretStr(SOURCE)),
+        "theirs": Source(url=SecretStr(SOURCE), tenants=frozenset({uuid7()})),
+    }
+    changed = {"max_file": MAX_FILE, "sources": sources, "drain": 0.0}
     async with make_engine(servers, tmp_path, **changed) as engine:
         yield engine
 
@@ -116,6 +120,7 @@ async def test_what_a_context_refuses_is_refused_in_the_child(engine: Engine) ->
         "ValueError: The job has an artifact 'out",
         "ValueError: 'parts/of/another' is not a part of this job; use a key that save_part has answered with",
         "Fatal: There is no source 'other'; there are: default",
+        "Fatal: There is no source 'theirs'; there are: default",
         SOURCE,
     ]
 

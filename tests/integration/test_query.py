@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from headway.embedded import Embedded
 from headway.settings import Settings, Source
-from tests.conftest import Tenant, until, web
+from tests.conftest import Tenant, make_tenant, until, web
 
 QUERY = "/api/v1/query"
 OURS = "application_name = 'headway' AND datname = current_database() AND pid <> pg_backend_pid()"
@@ -337,6 +337,33 @@ async def test_a_source_that_is_not_there_is_said(http: httpx.AsyncClient, sourc
         return answer.status_code == 200
 
     await until(answers)
+
+
+async def test_a_source_that_is_not_granted_is_as_unknown_as_none(
+    settings: Settings, database: asyncpg.Connection, source: asyncpg.Connection, tenant: Tenant
+) -> None:
+    stranger = await make_tenant(database, "stranger")
+    default = settings.sources["default"]
+    granted = {
+        "default": default,
+        "nobodys": default.model_copy(update={"tenants": frozenset()}),
+        "payroll": default.model_copy(update={"tenants": frozenset({tenant.id})}),
+    }
+    async with (
+        web(settings.model_copy(update={"sources": granted})) as url,
+        httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {tenant.api_key}"}) as ours,
+        httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {stranger.api_key}"}) as theirs,
+    ):
+        # The process has a connection to it by then.
+        assert (await ask(ours, "SELECT 1", source="payroll"))["rows"] == [[1]]
+        assert (await ask(theirs, "SELECT 1"))["rows"] == [[1]]
+        for http, names, there in (
+            (ours, ("nobodys", "nowhere"), "default, payroll"),
+            (theirs, ("payroll", "nobodys", "nowhere"), "default"),
+        ):
+            for name in names:
+                said = await refused(http, "SELECT 1", 422, "invalid-request", source=name)
+                assert said == f"There is no source {name!r}; there are: {there}."
 
 
 async def test_a_request_that_is_not_understood_is_refused(http: httpx.AsyncClient) -> None:

@@ -1,6 +1,9 @@
 """Settings: from variables or files, and a sentence for what is wrong."""
 
+import json
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import pytest
 from pydantic import ValidationError
@@ -120,6 +123,37 @@ def test_secrets_are_not_shown() -> None:
 def test_headways_own_database_is_no_source(source: str) -> None:
     with pytest.raises(InvalidSettings, match=r"HEADWAY_SOURCES.*'mine'"):
         load(LEAST | {"HEADWAY_SOURCES": f'{{"other": "postgresql://db/shop", "mine": "{source}"}}'})
+
+
+SHOP, BANK = UUID("0190a0b0-0000-7000-8000-000000000001"), UUID("0190a0b0-0000-7000-8000-000000000002")
+
+
+def granting(tenants: Any) -> dict[str, str]:
+    source = {"url": "postgresql://payroll:hunter2@db/payroll", "tenants": tenants}
+    return LEAST | {"HEADWAY_SOURCES": json.dumps({"default": "postgresql://db/shop", "payroll": source})}
+
+
+@pytest.mark.parametrize(
+    ("tenants", "shop", "bank"),
+    [
+        (None, ["default", "payroll"], ["default", "payroll"]),
+        ([], ["default"], ["default"]),
+        ([str(SHOP)], ["default", "payroll"], ["default"]),
+        ([str(SHOP).upper(), str(BANK), str(BANK)], ["default", "payroll"], ["default", "payroll"]),
+    ],
+)
+def test_a_source_is_granted_to_all_tenants_or_to_those_it_names(
+    tenants: list[str] | None, shop: list[str], bank: list[str]
+) -> None:
+    settings = load(granting(tenants))
+    assert (list(settings.sources_of(SHOP)), list(settings.sources_of(BANK))) == (shop, bank)
+
+
+@pytest.mark.parametrize("tenants", ["acme", ["acme"], str(SHOP), [str(SHOP), ""], [1], [None], {str(SHOP): 1}, True])
+def test_tenants_that_are_no_ids_are_refused_with_a_sentence(tenants: Any) -> None:
+    with pytest.raises(InvalidSettings, match=r"HEADWAY_SOURCES: .*tenants must be a list of tenants' ids") as caught:
+        load(granting(tenants))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_another_database_of_the_same_server_is_a_source() -> None:

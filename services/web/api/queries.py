@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from ninja import Field, Router, Schema
 from pydantic import ConfigDict
 
 from headway.errors import InvalidRequest, TooLarge
-from headway.sources import Reading, Sources
+from headway.sources import Reading
 from headway.sources.columns import Column, converters, encoded, typed
 from services.web.api.answers import answer
 from services.web.api.request import ApiRequest
@@ -56,7 +56,7 @@ async def query(request: ApiRequest, query: Query) -> HttpResponse:
     """
     request.only()
     app, settings = request.app, request.app.settings
-    _require(app.sources, query.source)
+    _require(settings.sources_of(request.auth.tenant_id), query.source)
     began = time.perf_counter()
     async with app.sources.read(
         query.source,
@@ -76,9 +76,9 @@ async def query(request: ApiRequest, query: Query) -> HttpResponse:
     )
 
 
-def _require(sources: Sources, name: str) -> None:
-    if name not in sources.names:
-        there = ", ".join(sources.names) or "none; the operator names them in HEADWAY_SOURCES"
+def _require(names: Collection[str], name: str) -> None:
+    if name not in names:
+        there = ", ".join(sorted(names)) or "none; the operator names them in HEADWAY_SOURCES"
         message = f"There is no source {name!r}; there are: {there}."
         raise InvalidRequest(message, errors=[{"field": "source", "message": message}])
 
