@@ -14,6 +14,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 import httpx
+import hypothesis
 import psycopg
 import pytest
 from redis.asyncio import Redis
@@ -27,6 +28,10 @@ from headway.settings import Settings
 
 PEPPER = "a pepper that only the tests use, of some length"
 TEMPLATE = "headway_template"
+
+# What takes long says nothing on a machine that is shared; each test has a timeout.
+hypothesis.settings.register_profile("headway", deadline=None)
+hypothesis.settings.load_profile("headway")
 
 
 @pytest.fixture(scope="session")

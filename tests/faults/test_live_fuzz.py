@@ -211,7 +211,7 @@ scripts = st.lists(
 
 
 async def test_whatever_is_sent_the_service_goes_on(target: Target) -> None:
-    @settings(max_examples=120, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=120, database=None, suppress_health_check=list(HealthCheck))
     @given(scripts, st.sampled_from(["end", "reset", "close"]))
     def attack(script: list[Any], ending: str) -> None:
         client = target.connect()

@@ -221,6 +221,7 @@ async def test_the_api_describes_itself(settings: Settings, database: asyncpg.Co
         ("post", "/api/v1/schedules/{schedule_id}/run"),
         ("get", "/api/v1/events"),
         ("post", "/api/v1/query"),
+        ("post", "/api/v1/fetch"),
     }
     (scheme,) = api["components"]["securitySchemes"].values()
     assert scheme == {"type": "http", "scheme": "bearer"}

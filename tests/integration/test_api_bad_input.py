@@ -149,7 +149,7 @@ async def test_no_json_is_answered_with_a_server_error(http: httpx.AsyncClient) 
     loop = asyncio.get_running_loop()
 
     @given(body=JSON | NEAR)
-    @hypothesis_settings(max_examples=50, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+    @hypothesis_settings(max_examples=50, database=None, suppress_health_check=[HealthCheck.too_slow])
     def check(body: Any) -> None:
         sent = http.post(JOBS, content=json.dumps(body).encode(errors="surrogatepass"))
         answer = asyncio.run_coroutine_threadsafe(sent, loop).result(10)

@@ -436,7 +436,7 @@ async def test_a_cancel_during_the_commit_comes_too_late(service: Service, sourc
     assert await source.fetchval("SELECT count(*) FROM t") == 1
 
 
-@hypothesis_settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     table=st.integers(1, 3).flatmap(
         lambda width: st.lists(st.lists(CELLS, min_size=width, max_size=width), max_size=9)

@@ -40,7 +40,7 @@ async def content(files: Files, key: str, *span: int) -> bytes:
     return b"".join([chunk async for chunk in files.read(key, *span)])
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.sampled_from([0, 1, 7, 1000, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK]), max_size=5))
 def test_what_is_read_is_what_was_written(files: Files, sizes: list[int]) -> None:
     pieces = [random.Random(n).randbytes(size) for n, size in enumerate(sizes)]
@@ -82,7 +82,7 @@ async def test_pieces_are_about_as_large_as_asked_for(files: Files) -> None:
     assert len(sizes) > 5
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(1, 20), max_size=5), span=st.tuples(st.integers(0, 100), st.integers(0, 100)))
 def test_a_span_of_a_file_in_parts_is_that_of_the_whole(files: Files, sizes: list[int], span: tuple[int, int]) -> None:
     whole = random.Random(1).randbytes(sum(sizes))

@@ -220,7 +220,6 @@ class Interleaved:
 
 @hypothesis_settings(
     max_examples=5,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     # To shrink a history takes longer than to read it.
     phases=[Phase.explicit, Phase.generate],

@@ -415,7 +415,7 @@ async def test_no_statement_is_answered_with_a_server_error(http: httpx.AsyncCli
         st.sampled_from([[], [1], {}, {"a": "x"}]),
         st.sampled_from(["default", "lite"]),
     )
-    @hypothesis_settings(max_examples=100, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @hypothesis_settings(max_examples=100, database=None, suppress_health_check=list(HealthCheck))
     def check(sql: str, parameters: Any, source: str) -> None:
         body = json.dumps({"sql": sql, "parameters": parameters, "source": source})
         answer = asyncio.run_coroutine_threadsafe(http.post(QUERY, content=body), loop).result(10)

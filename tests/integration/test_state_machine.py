@@ -541,7 +541,6 @@ def test_jobs_live_as_the_model_says(make: Callable[[], Machine]) -> None:
         max_examples=40,
         stateful_step_count=40,
         derandomize=True,
-        deadline=None,
         database=None,
         # To shrink a failure takes longer than a test may, and then the time limit is all that is told.
         phases=[Phase.generate],

@@ -24,7 +24,7 @@ KEPT = st.recursive(
 
 
 @given(KEPT)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_json_is_read_as_it_was_meant(value: Any) -> None:
     assert parse(json.dumps(value).encode()) == value
     assert parse(json.dumps(value, ensure_ascii=False).encode()) == value

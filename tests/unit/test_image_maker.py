@@ -45,7 +45,7 @@ def test_a_thumbnail_fits_its_box_keeps_its_ratio_and_never_grows(size: tuple[in
 
 
 @given(width=st.integers(1, 500), height=st.integers(1, 500), box=st.tuples(st.integers(1, 90), st.integers(1, 90)))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_what_is_made_has_the_size_that_fits(width: int, height: int, box: tuple[int, int]) -> None:
     data = encoded(quarters(width, height), "JPEG")
 
@@ -266,7 +266,7 @@ def test_the_most_pixels_that_are_allowed_are_read() -> None:
 
 
 @given(format=st.sampled_from(FORMATS), seed=st.integers(0, 2**32), flips=st.integers(1, 40))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @pytest.mark.filterwarnings("ignore")
 def test_a_damaged_file_is_an_image_or_unreadable_and_nothing_else(format: str, seed: int, flips: int) -> None:
     chance, data = random.Random(seed), bytearray(DAMAGED[format])

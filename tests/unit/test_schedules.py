@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from headway.errors import InvalidRequest
@@ -68,7 +68,6 @@ def test_every_half_hour_goes_on_through_a_change_of_the_clocks() -> None:
         assert found == [day + timedelta(minutes=30 * number) for number in range(1, 13)]
 
 
-@settings(deadline=None)
 @given(cron=st.sampled_from(CRONS), timezone=st.sampled_from(ZONES), after=MOMENTS | NEAR, part=st.floats(0, 1))
 def test_the_next_slot_lies_ahead_and_is_the_same_from_every_moment_before_it(
     cron: str, timezone: str, after: datetime, part: float
@@ -81,7 +80,6 @@ def test_the_next_slot_lies_ahead_and_is_the_same_from_every_moment_before_it(
     assert next_slot(cron, timezone, min(between, slot - timedelta.resolution)) == slot
 
 
-@settings(deadline=None)
 @given(cron=st.sampled_from(CRONS), timezone=st.sampled_from(ZONES), after=MOMENTS | NEAR)
 def test_one_by_one_and_in_a_row_the_slots_are_the_same(cron: str, timezone: str, after: datetime) -> None:
     single, moment = [], after
@@ -114,7 +112,6 @@ def test_what_has_no_times_is_refused_by_field(cron: str, timezone: str, field: 
     assert [error["field"] for error in refused.value.errors] == [field]
 
 
-@settings(deadline=None)
 @given(cron=st.lists(st.text("0123456789*/-,#LWlwMONJA", max_size=6), min_size=5, max_size=5).map(" ".join) | st.text())
 def test_any_text_has_times_or_is_refused(cron: str) -> None:
     with suppress(InvalidRequest):

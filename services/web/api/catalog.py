@@ -11,6 +11,8 @@ from headway.errors import InvalidInput, NotFound, UnknownKind
 from headway.store import Store
 
 REMEMBERED = 5.0
+# Kinds that an error names.
+MOST_NAMED = 15
 MOST_ERRORS = 20
 
 
@@ -67,7 +69,10 @@ class Catalog:
         return self._entries.get(name)
 
     def _missing(self, name: str) -> str:
-        there = ", ".join(self._entries) or "none yet, no worker has started"
+        names = list(self._entries)
+        there = ", ".join(names[:MOST_NAMED]) or "none yet, no worker has started"
+        if len(names) > MOST_NAMED:
+            there += f", and {len(names) - MOST_NAMED} more at GET /api/v1/kinds"
         return f"There is no kind {name[:100]!r}; there are: {there}."
 
     async def _refresh(self, *, at_once: bool = False) -> None:
