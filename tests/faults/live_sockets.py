@@ -8,6 +8,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 from wsproto.connection import CLIENT, Connection
 from wsproto.events import CloseConnection, Event, TextMessage
@@ -41,8 +42,13 @@ class BareSocket:
             head += self.socket.recv(1)
         return head
 
-    def send(self, opcode: int, payload: bytes, *, first: int = 0x80, masked: bool = True, length: int = -1) -> None:
-        """Send a frame. `first` holds FIN and the reserved bits; `length` is what it says, if not the truth."""
+    def send(self, opcode: int, payload: bytes, **odd: Any) -> None:
+        """Send a frame."""
+        self.socket.sendall(self.frame(opcode, payload, **odd))
+
+    @staticmethod
+    def frame(opcode: int, payload: bytes, *, first: int = 0x80, masked: bool = True, length: int = -1) -> bytes:
+        """A frame. `first` holds FIN and the reserved bits; `length` is what it says, if not the truth."""
         said = len(payload) if length < 0 else length
         size = bytes([said]) if said < 126 else b"\x7e" + struct.pack("!H", said) if said < 1 << 16 else b""
         size = bytearray(size or b"\x7f" + struct.pack("!Q", said))
@@ -50,7 +56,7 @@ class BareSocket:
         if masked:
             size[0] |= 0x80
             payload = bytes(byte ^ mask[place % 4] for place, byte in enumerate(payload))
-        self.socket.sendall(bytes([first | opcode]) + size + mask + payload)
+        return bytes([first | opcode]) + size + mask + payload
 
     def events(self, at_once: int = 1 << 16) -> Iterator[Event]:
         """What the server says, until it says goodbye or the connection ends. So many bytes are read `at_once`."""

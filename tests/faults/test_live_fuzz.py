@@ -95,6 +95,11 @@ def _subscribe_to_too_much(client: BareSocket) -> None:
         client.send(TEXT, json.dumps(wanted).encode())
 
 
+def _half_a_character_and_goodbye(client: BareSocket) -> None:
+    """At once: the server has taken the goodbye before it looks at the text."""
+    client.socket.sendall(client.frame(TEXT, b"\xe2\x82") + client.frame(CLOSE, struct.pack("!H", 1000)))
+
+
 WRONG: dict[str, tuple[Callable[[BareSocket], None], int]] = {
     "no mask": (lambda client: client.send(TEXT, b"{}", masked=False), 1002),
     "a reserved bit": (lambda client: client.send(TEXT, b"{}", first=FIN | RESERVED), 1002),
@@ -107,6 +112,7 @@ WRONG: dict[str, tuple[Callable[[BareSocket], None], int]] = {
     "a close code of one byte": (lambda client: client.send(CLOSE, b"x"), 1002),
     "a close code that there is not": (lambda client: client.send(CLOSE, struct.pack("!H", 99)), 1002),
     "half a character": (lambda client: client.send(TEXT, b"\xe2\x82"), 1007),
+    "half a character, and goodbye": (_half_a_character_and_goodbye, 1000),
     "a surrogate": (lambda client: client.send(TEXT, b'"\xed\xa0\x80"'), 1007),
     "more than a frame may hold": (lambda client: client.send(TEXT, b" " * (MOST_FRAME + 1)), 1009),
     "the promise of 16 MiB": (lambda client: client.send(TEXT, b"", length=16 << 20), 1009),

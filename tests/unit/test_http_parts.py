@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from headway import Fatal
@@ -134,6 +134,7 @@ def test_rows_of_csv_are_read_as_they_were_written_however_they_arrive(
 
 
 @given(st.binary(max_size=300), st.sampled_from(["text", "csv", "jsonl"]), st.integers(1, 50))
+@example(b"\r\0", "csv", 1)
 def test_any_bytes_are_rows_or_a_refusal(data: bytes, format: Format, step: int) -> None:
     async def read() -> None:
         with suppress(Fatal):

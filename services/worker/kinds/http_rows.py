@@ -43,7 +43,10 @@ class Rows:
         async with aclosing(_records(file, quoted=True)) as records:
             async for number, header in records:
                 delimiter = max(DELIMITERS, key=header.count)
-                [columns] = csv.reader([header], delimiter=delimiter)
+                try:
+                    [columns] = csv.reader([header], delimiter=delimiter)
+                except (csv.Error, ValueError):
+                    raise Fatal(f"Line {number}, the header, is not a row of CSV.") from None
                 if len(set(columns)) != len(columns):
                     raise Fatal(f"Line {number}, the header, has a name twice; names of columns must differ.")
                 return cls(file, format, columns, delimiter)
