@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -120,6 +120,7 @@ class Stack:
         self.api_key = ""
         self.redis_busy = asyncio.Lock()
         self.postgres_busy = asyncio.Lock()
+        self._revivals: set[asyncio.Task[None]] = set()
         # The servers end with the thread that started them, so it must be one that lasts.
         self._thread = ThreadPoolExecutor(1)
 
@@ -187,9 +188,19 @@ class Stack:
                     self.recorder.write(
                         "exit", process=member.name, how=f"ended by itself with code {code}: {member.tail()}"
                     )
-                await member.start()
+                self._revivals.add(revival := asyncio.create_task(self._revive(member)))
+                revival.add_done_callback(self._revivals.discard)
+
+    async def _revive(self, member: Member) -> None:
+        """Start it; no fault befalls it before it is there, for a signal would end a Python that has just begun."""
+        async with member.busy:
+            await member.start()
+            with suppress(TimeoutError, AssertionError):
+                async with asyncio.timeout(10):
+                    await member.ready()
 
     async def _stop(self) -> None:
+        await asyncio.gather(*self._revivals)
         for member in self.members:
             member.send(signal.SIGCONT)
         for how in await asyncio.gather(*(member.end() for member in self.members if member.running)):
