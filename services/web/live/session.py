@@ -122,7 +122,7 @@ class Session:
         self.id = str(uuid4())
         self.principal = principal
         self.transport = transport
-        self.writer = Writer(transport)
+        self.writer = Writer(transport, sessions.later)
         self.parts: dict[str, Any] = {}
         # Whether the session ends with the one job that it follows.
         self.single = False

@@ -19,6 +19,7 @@ from services.web.live.session import (
     Session,
     Sort,
 )
+from services.web.live.writer import Later
 
 TICK = 1.0
 # While there are no live events, Postgres is read this often.
@@ -37,6 +38,7 @@ class Sessions:
     def __init__(self, hub: Hub, sorts: Mapping[str, Sort], *, most: int) -> None:
         self.sorts = sorts
         self.open: set[Session] = set()
+        self.later = Later()
         self._hub = hub
         self._most = most
         self._held: Counter[tuple[str, str]] = Counter()

@@ -4,7 +4,7 @@ A client that keeps up is written to as the loop turns; a task waits for one tha
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import structlog
@@ -53,6 +53,24 @@ class Transport(Protocol):
         """Drop the connection, whatever still waits to be read."""
 
 
+class Later:
+    """Calls back what may wait, all of it FLUSH_EVERY seconds after the first: one timer for all sessions."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+
+    def call(self, back: Callable[[], None]) -> None:
+        if not self._waiting:
+            asyncio.get_running_loop().call_later(FLUSH_EVERY, self._run)
+        self._waiting.append(back)
+
+    def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        waiting, self._waiting = self._waiting, []
+        for back in waiting:
+            loop.call_soon(back)
+
+
 class Writer:
     """Sends lines in the order in which they were put in."""
 
@@ -61,6 +79,7 @@ class Writer:
         "_ending",
         "_flushed",
         "_handle",
+        "_later",
         "_lines",
         "_room",
         "_slow",
@@ -68,19 +87,21 @@ class Writer:
         "_task",
         "_transport",
         "_waiting",
+        "_waits",
         "since",
     )
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, later: Later) -> None:
         self._transport = transport
+        self._later = later
         # No deque: an idle one holds 700 bytes, and this one is short.
         self._waiting: list[Line] = []
         self._lines = 0
         self._bytes = 0
         self._flushed = 0.0
-        # When what waits is sent, and whether that is in this turn of the loop.
+        # What waits is sent in this turn of the loop if there is a handle, or else when `later` calls back.
         self._handle: asyncio.Handle | None = None
-        self._soon = False
+        self._waits = False
         self._task: asyncio.Task[None] | None = None
         self._room: asyncio.Event | None = None
         self._ending: tuple[int, str] | None = None
@@ -148,28 +169,30 @@ class Writer:
 
     async def done(self) -> None:
         """Wait until what waits now is sent."""
-        if self._soon:
+        if self._handle is not None:
             self._go()
         if self._task is not None:
             await asyncio.wait([self._task])
 
     def _schedule(self, urgent: bool) -> None:
-        if self._task is not None or self._soon:
+        if self._task is not None or self._handle is not None:
             return
         loop = asyncio.get_running_loop()
-        due = self._flushed + FLUSH_EVERY
-        if urgent or due <= loop.time():
-            self._unschedule()
-            self._soon = True
+        if urgent or self._flushed + FLUSH_EVERY <= loop.time():
             self._handle = loop.call_soon(self._go)
-        elif self._handle is None:
-            self._handle = loop.call_at(due, self._go)
+        elif not self._waits:
+            self._waits = True
+            self._later.call(self._called)
 
     def _unschedule(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
-        self._soon = False
+
+    def _called(self) -> None:
+        self._waits = False
+        if self._waiting and self._task is None:
+            self._go()
 
     def _go(self) -> None:
         self._unschedule()
