@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,4 +148,41 @@ async def serving() -> AsyncIterator[Site]:  # noqa: PLR0915 - a function for ea
     await web.TCPSite(runner, "127.0.0.2", site.port).start()
     yield site
     site.held.set()
+    await runner.cleanup()
+
+
+@dataclass
+class GatedSite:
+    """A web server that answers as many requests as it is allowed to, and how often each path was asked for."""
+
+    port: int = 0
+    asked: Counter[str] = field(default_factory=Counter)
+    answers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
+
+    def urls(self, count: int) -> list[str]:
+        return [f"http://127.0.0.1:{self.port}/{number}" for number in range(count)]
+
+    def allow(self, count: int) -> None:
+        for _ in range(count):
+            self.answers.release()
+
+
+@asynccontextmanager
+async def gated(answer: Callable[[int], web.Response]) -> AsyncIterator[GatedSite]:
+    """`answer` is asked by the number that is the path."""
+    site = GatedSite()
+
+    async def page(request: web.Request) -> web.Response:
+        site.asked[request.path] += 1
+        await site.answers.acquire()
+        return answer(int(request.match_info["number"]))
+
+    app = web.Application()
+    app.router.add_get("/{number}", page)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    site.port = runner.addresses[0][1]
+    yield site
+    site.allow(2000)
     await runner.cleanup()

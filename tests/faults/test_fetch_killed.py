@@ -1,13 +1,11 @@
 """http.fetch from a file, whose worker is killed in the middle: one line for each row, and what was saved is kept."""
 
-import asyncio
 import io
 import json
 import signal
 import zipfile
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 
 import pytest
 from aiohttp import web
@@ -16,44 +14,18 @@ from headway.states import JobState
 from tests.conftest import until
 from tests.engine import Engine
 from tests.faults.conftest import Spawner
+from tests.site import GatedSite, gated
 
 ROWS = 800
 
 
-@dataclass
-class Site:
-    """How often each path was asked for, and how many may be answered."""
-
-    port: int = 0
-    asked: Counter[str] = field(default_factory=Counter)
-    answers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
-
-    def allow(self, count: int) -> None:
-        for _ in range(count):
-            self.answers.release()
-
-
 @pytest.fixture
-async def site() -> AsyncIterator[Site]:
-    site = Site()
-
-    async def page(request: web.Request) -> web.Response:
-        site.asked[request.path] += 1
-        await site.answers.acquire()
-        return web.Response(text=f"page {request.path}")
-
-    app = web.Application()
-    app.router.add_get("/{number}", page)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    site.port = runner.addresses[0][1]
-    yield site
-    site.allow(2 * ROWS)
-    await runner.cleanup()
+async def site() -> AsyncIterator[GatedSite]:
+    async with gated(lambda number: web.Response(text=f"page /{number}")) as site:
+        yield site
 
 
-async def test_a_killed_worker_costs_only_what_was_not_saved(engine: Engine, spawn: Spawner, site: Site) -> None:
+async def test_a_killed_worker_costs_only_what_was_not_saved(engine: Engine, spawn: Spawner, site: GatedSite) -> None:
     file = await engine.upload("".join(f"http://127.0.0.1:{site.port}/{row}\n" for row in range(ROWS)).encode())
     input = {
         "file": str(file.id),

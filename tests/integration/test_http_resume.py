@@ -6,7 +6,6 @@ import random
 import shutil
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -26,43 +25,17 @@ from services.worker.runner import Attempt
 from tests.conftest import files_below, until
 from tests.engine import Engine, worker
 from tests.engine import engine as make_engine
+from tests.site import GatedSite, gated
 
 
-@dataclass
-class Site:
-    """A web server: how often each path was asked for, and how many may be answered."""
-
-    port: int = 0
-    asked: Counter[str] = field(default_factory=Counter)
-    answers: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(0))
-
-    def urls(self, count: int) -> list[str]:
-        return [f"http://127.0.0.1:{self.port}/{number}" for number in range(count)]
-
-    def allow(self, count: int) -> None:
-        for _ in range(count):
-            self.answers.release()
+def answer(number: int) -> web.Response:
+    return web.Response(text=f"page {number}", status=404 if number % 10 == 0 else 200)
 
 
 @pytest.fixture
-async def site() -> AsyncIterator[Site]:
-    site = Site()
-
-    async def page(request: web.Request) -> web.Response:
-        site.asked[request.path] += 1
-        await site.answers.acquire()
-        number = int(request.path[1:])
-        return web.Response(text=f"page {number}", status=404 if number % 10 == 0 else 200)
-
-    app = web.Application()
-    app.router.add_get("/{number}", page)
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    site.port = runner.addresses[0][1]
-    yield site
-    site.allow(1000)
-    await runner.cleanup()
+async def site() -> AsyncIterator[GatedSite]:
+    async with gated(answer) as site:
+        yield site
 
 
 @pytest.fixture
@@ -130,7 +103,7 @@ async def killed(engine: Engine, job_id: UUID, input: dict[str, Any], *, at: int
 
 
 async def test_a_deploy_costs_only_the_urls_under_way(
-    engine: Engine, site: Site, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, site: GatedSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.worker.kinds.saved.SAVE_EVERY", 60.0)
     urls = site.urls(300)
@@ -152,7 +125,7 @@ async def test_a_deploy_costs_only_the_urls_under_way(
 
 
 async def test_crashes_cost_only_what_was_not_saved(
-    engine: Engine, site: Site, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, site: GatedSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.worker.kinds.saved.SAVE_EVERY", 0.0)
     monkeypatch.setattr("services.worker.kinds.saved.SAVE_SHARE", 0.0)
@@ -175,7 +148,7 @@ async def test_crashes_cost_only_what_was_not_saved(
     assert {path: site.asked[path] for path in was} == asked
 
 
-async def test_lines_that_are_gone_are_made_again(engine: Engine, site: Site) -> None:
+async def test_lines_that_are_gone_are_made_again(engine: Engine, site: GatedSite) -> None:
     urls = site.urls(30)
     job_id = await engine.submit_kind("http.fetch", {"urls": urls, "per_host": 20})
     site.allow(20)
@@ -190,7 +163,7 @@ async def test_lines_that_are_gone_are_made_again(engine: Engine, site: Site) ->
 
 
 async def test_a_job_that_ends_before_the_first_save_is_due_saves_nothing(
-    engine: Engine, site: Site, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, site: GatedSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.worker.kinds.saved.SAVE_EVERY", 60.0)
     site.allow(500)
@@ -204,7 +177,7 @@ async def test_a_job_that_ends_before_the_first_save_is_due_saves_nothing(
 
 
 async def test_lines_are_those_of_the_saves_that_came_through(
-    engine: Engine, site: Site, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, site: GatedSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(7)
     claim = await engine.claim(await engine.submit_kind("http.fetch", {"urls": site.urls(1)}), "http.fetch")

@@ -1,4 +1,4 @@
-"""Requests that wait for a job's end: woken by the hub, as sessions are, and not by asking the database again."""
+"""Requests that wait for a job's end: woken by the hub, as sessions are. The database is asked seldom."""
 
 import asyncio
 from typing import Any
