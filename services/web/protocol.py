@@ -24,6 +24,7 @@ UNREADABLE = (
     "This is not a request of HTTP/1.1, or its path is not percent-encoded, or its head is over the limits of "
     f"{MOST_HEAD:,} bytes and {MOST_HEADERS} headers."
 )
+STOPPING = "The service is about to stop. Connect again.\n"
 
 
 class Http(HttpToolsProtocol):
@@ -113,6 +114,11 @@ class WebSocket(WebSocketsSansIOProtocol):
             self._abort_after(self.close_timeout)
 
     def shutdown(self) -> None:
+        if not (self.handshake_complete or self.close_sent or self.initial_response):
+            # uvicorn says 500, as if the service had failed.
+            self.conn.send_response(self.conn.reject(503, STOPPING))
+            self.transport.write(b"".join(self.conn.data_to_send()))
+            self.close_sent = True
         super().shutdown()
         self._abort_after(GOODBYE)
 

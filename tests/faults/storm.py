@@ -54,6 +54,8 @@ LINES, STATES = 37, 3
 # Reconnects a second that a machine of two cores bears, and jobs that run at a time.
 PACE = 60.0
 AT_ONCE = 40
+# Seconds of a job at most. A worker lives for about 80 s, and of jobs that have lost two each runs one at a time.
+LONGEST = 15.0
 # How long clients may take to get the rest once faults have stopped.
 REST = 120.0
 SAY_EVERY = 5.0
@@ -196,7 +198,7 @@ class Storm:
         """Jobs whose events are spread over the time."""
         count = self._plan.jobs
         most = 0.8 * self._plan.seconds
-        length = most * min(0.5, AT_ONCE / count)
+        length = min(LONGEST, most * min(0.5, AT_ONCE / count))
         for number in range(count):
             await asyncio.sleep((most - length) / count)
             tenant = TENANTS[number % 5 == 0]
@@ -226,9 +228,12 @@ class Storm:
         return job
 
     async def _say(self) -> None:
-        began = time.monotonic()
+        began, told = time.monotonic(), 0
         while True:
             await asyncio.sleep(SAY_EVERY)
+            for violation in self._scene.checker.violations[told:]:
+                echo(f"violation: {violation}")
+            told = len(self._scene.checker.violations)
             counts, jobs = self._scene.checker.counts, sum(map(len, self._scene.jobs.values()))
             left = sum(not follower.finished for follower in self.followers)
             echo(

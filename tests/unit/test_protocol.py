@@ -1,12 +1,19 @@
-"""The frames that the web service makes by itself are those of RFC 6455, as another implementation reads them."""
+"""What the web service's protocols say by themselves, as another implementation reads it."""
+
+import asyncio
+from typing import Any
 
 import pytest
+import uvicorn
+from websockets.asyncio.client import connect
 from websockets.client import ClientProtocol
+from websockets.exceptions import InvalidStatus
 from websockets.frames import Frame, Opcode
 from websockets.protocol import OPEN
 from websockets.uri import parse_uri
 
-from services.web.protocol import frame
+from services.web.protocol import Http, WebSocket, frame
+from tests.conftest import until
 
 
 @pytest.mark.parametrize("size", [0, 1, 125, 126, 65_535, 65_536, 1_000_000])
@@ -19,3 +26,27 @@ def test_a_frame_is_read_as_what_was_said(size: int, character: str) -> None:
     client.parser = client.parse()
     next(client.parser)
     assert client.events_received() == [Frame(Opcode.TEXT, text.encode())]
+
+
+async def test_a_socket_that_is_still_opening_when_the_server_stops_is_told_to_come_again() -> None:
+    stopped = asyncio.Event()
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        """Accepts nobody before the server stops, and then too late."""
+        server.should_exit = True
+        await receive()
+        assert (await receive())["type"] == "websocket.disconnect"
+        stopped.set()
+
+    config = uvicorn.Config(
+        application, port=0, lifespan="off", log_config=None, http=Http, ws=WebSocket, timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    await until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    with pytest.raises(InvalidStatus) as refused:
+        await connect(f"ws://127.0.0.1:{port}/", proxy=None)
+    assert refused.value.response.status_code == 503
+    await serving
+    assert stopped.is_set()
