@@ -72,7 +72,7 @@ class Follower:
         self._connected = asyncio.Event()
         self._reading = asyncio.Event()
         self._break: Callable[[bool], None] = lambda reset: None
-        self._stopping = False
+        self.stopped = False
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -93,7 +93,7 @@ class Follower:
 
     async def run(self) -> None:
         disturbing = asyncio.create_task(self._disturb())
-        while not self._stopping:
+        while not self.stopped:
             self.received.connected()
             self._reading.set()
             try:
@@ -106,12 +106,12 @@ class Follower:
                     task.cancel()
                 await asyncio.gather(*self._tasks, return_exceptions=True)
                 self._tasks.clear()
-            if not self._stopping:
+            if not self.stopped:
                 await asyncio.sleep(self.random.uniform(0, 0.5))
         disturbing.cancel()
 
     def stop(self) -> None:
-        self._stopping = True
+        self.stopped = True
         self._break(False)
 
     def beside(self, work: Any) -> None:
@@ -276,7 +276,7 @@ class JobsFollower(SocketFollower):
 
     async def connection(self) -> None:
         # Whoever subscribes to nothing for long is not welcome.
-        while not self.mine and not self._stopping:
+        while not self.mine and not self.stopped:
             await asyncio.sleep(0.2)
         await super().connection()
 

@@ -181,11 +181,16 @@ class Storm:
         await drained(self._stack)
         self._scene.complete = True
         deadline = time.monotonic() + REST
-        while time.monotonic() < deadline and not all(follower.finished for follower in self.followers):
+        waiting = self.followers
+        while waiting and time.monotonic() < deadline:
+            # One that has all is stopped: streams would go on, each with another job.
+            for follower in waiting:
+                if follower.finished:
+                    follower.stop()
+            waiting = [follower for follower in waiting if not follower.stopped]
             await asyncio.sleep(0.2)
-        for follower in self.followers:
-            if not follower.finished:
-                follower.received.note(f"never got {follower.lacks[:200] or 'so many connections'}")
+        for follower in waiting:
+            follower.received.note(f"never got {follower.lacks[:200] or 'so many connections'}")
             follower.stop()
         self._saying.cancel()
         done, late = await asyncio.wait(self._following, timeout=30)
