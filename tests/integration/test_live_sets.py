@@ -15,6 +15,8 @@ from redis.asyncio import Redis
 from uuid_utils.compat import uuid7
 
 from headway.settings import Settings
+from headway.store.sets import SetStore
+from services.web.live.feed import PART
 from tests.conftest import Service, Tenant, make_tenant
 from tests.integration.live_clients import Chains, Frame, live, stream
 from tests.integration.test_api_jobs import idle, submit
@@ -354,6 +356,51 @@ async def test_a_burst_and_a_slow_client_of_a_set(
             for _ in expected:
                 await socket.until(lambda frame: frame["t"] == "log")
             assert set(durable(socket.frames)) == expected
+
+
+async def test_a_job_is_told_of_once_though_a_snapshot_holds_its_end(
+    settings: Settings, redis: Redis, tenant: Tenant, database: asyncpg.Connection, history: History
+) -> None:
+    """It began and ended in one round of the feed, which is told in two parts."""
+    async with idle(settings, tenant) as http, live(http) as new, live(http) as resumed:
+        await new.ask("subscribe", sets=[{"set": "all"}])
+        cursor = (await new.until(lambda frame: frame["t"] == "hb"))["d"]["cursor"]
+        await resumed.ask("subscribe", sets=[{"set": "all", "since": cursor}])
+        await resumed.until(lambda frame: frame["t"] == "hb")
+        async with database.transaction():
+            before, job = await history.job(), await history.job()
+            for _ in range(PART - 3):
+                await history.log(before)
+            await history.log(job)
+            await history.end(job)
+        for socket in (new, resumed):
+            await socket.until(lambda frame: frame.get("job") == job)
+            await quiet(socket, socket.recv)
+            assert [frame["t"] for frame in socket.of(job)] == ["snapshot"]
+
+
+async def test_a_job_that_ends_while_a_set_catches_up_is_told_of_once(
+    settings: Settings, redis: Redis, tenant: Tenant, history: History, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = SetStore.events_at
+
+    async def slow(self: SetStore, keys: Any) -> Any:
+        """The snapshot that is read next has the end of the job; the feed tells of that later."""
+        monkeypatch.setattr(SetStore, "events_at", original)
+        await history.end(job)
+        return await original(self, keys)
+
+    async with idle(settings, tenant) as http, live(http) as socket:
+        await socket.ask("subscribe", sets=[{"set": "all"}])
+        cursor = (await socket.until(lambda frame: frame["t"] == "hb"))["d"]["cursor"]
+        await socket.ask("unsubscribe", sets=["all"])
+        job = await history.job()
+        monkeypatch.setattr(SetStore, "events_at", slow)
+        await socket.ask("subscribe", sets=[{"set": "all", "since": cursor}])
+        snapshot = await socket.until(lambda frame: frame.get("job") == job)
+        assert snapshot["d"]["state"] == "succeeded"
+        await quiet(socket, socket.recv)
+        assert socket.of(job) == [snapshot]
 
 
 async def test_a_stream_of_a_set_resumes(service: Service) -> None:

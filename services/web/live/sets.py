@@ -13,7 +13,7 @@ from uuid import UUID
 from headway import metrics
 from headway.errors import InvalidRequest
 from headway.events import message
-from headway.job import Job
+from headway.job import Event, Job
 from headway.store.cursor import BadCursor, Cursor
 from headway.store.live import LiveStore, Wish
 from headway.store.sets import Filter, Happening, Missed, SetStore
@@ -238,7 +238,7 @@ class FollowingSet:
                     continue
                 snapshot = News.snapshot(job)
             cursor = Cursor(missed.database, since, missed.upto, event.job_id, snapshot.seq if snapshot else event.seq)
-            self._put(snapshot or News.of(message(event)), cursor.encode())
+            self._put(event, snapshot or News.of(message(event)), cursor.encode())
             self._cursor = cursor
 
     def _release(self) -> bool:
@@ -267,7 +267,7 @@ class FollowingSet:
                 if not writer.free:
                     return False
                 self._cursor = Cursor(round.database, since, round.upto, event.job_id, news.seq)
-                self._put(news, cursor or self._cursor.encode())
+                self._put(event, news, cursor or self._cursor.encode())
             if round.last:
                 self._cursor = Cursor(round.database, round.upto)
         for news in round.progress:
@@ -286,7 +286,10 @@ class FollowingSet:
         chain = self.known.get(job)
         return chain.epoch == epoch if chain is not None else self._resumed and seq > 1
 
-    def _put(self, news: News, cursor: str) -> None:
+    def _put(self, event: Event, news: News, cursor: str) -> None:
+        """Tell of an event, by itself or by a snapshot of its job, which may hold what comes after it."""
+        if event.terminal:
+            self._ended.add(news.job)
         chain = self.known.get(news.job)
         if news.type == "snapshot":
             self._introduce(news, cursor)
@@ -297,23 +300,21 @@ class FollowingSet:
             return
         chain.put(self._part.session.writer, news, f'{self._name},"cursor":"{cursor}"', cursor)
         self.known.move_to_end(news.job)
-        self._remember(news)
+        self._forget_oldest()
 
     def _introduce(self, news: News, cursor: str | None) -> None:
         """Tell of a job that is new to the client."""
         chain = self.known[news.job] = Chain(epoch=news.epoch)
         more = f'{self._name},"cursor":"{cursor}"' if cursor else self._name
         chain.put(self._part.session.writer, news, more, cursor)
-        self._remember(news)
+        self._forget_oldest()
 
-    def _remember(self, news: News) -> None:
-        if news.terminal:
-            self._ended.add(news.job)
+    def _forget_oldest(self) -> None:
         if len(self.known) > MOST_KNOWN:
             self.known.popitem(last=False)
 
     def _forget_ended(self) -> None:
-        """Once it is live, nothing more comes of jobs that have ended."""
+        """Once it is live, nothing more comes of jobs whose end was told, or passed over: it was in a snapshot."""
         if self._held is None:
             for job in self._ended:
                 self.known.pop(job, None)
