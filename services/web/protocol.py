@@ -1,5 +1,6 @@
 """uvicorn's protocols, with the bounds that they lack."""
 
+import asyncio
 import json
 import struct
 from functools import lru_cache
@@ -27,8 +28,26 @@ UNREADABLE = (
 STOPPING = "The service is about to stop. Connect again.\n"
 
 
+class _Event(asyncio.Event):
+    """The same with a list of those who wait: asyncio's deque holds 700 bytes for one at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiters: Any = []
+
+
+class _Pipeline(list[Any]):
+    """What uvicorn keeps in a deque of 700 bytes: requests that were sent before the answer to another."""
+
+    def appendleft(self, item: Any) -> None:
+        self.insert(0, item)
+
+
 class Http(HttpToolsProtocol):
-    """Holds no more than 64 KiB of a request's head, and refuses what it cannot read as the API refuses."""
+    """Holds no more than 64 KiB of a request's head, and refuses what it cannot read as the API refuses.
+
+    An idle event stream is a request that goes on, so what a request holds counts.
+    """
 
     # Attributes beside uvicorn's own would make each connection's dictionary three times as large.
     __slots__ = ("_held", "_in_head")
@@ -36,6 +55,12 @@ class Http(HttpToolsProtocol):
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
         self._in_head, self._held = False, 0
+        self.pipeline: Any = _Pipeline()
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.flow._is_writable_event = _Event()
+        self.flow._is_writable_event.set()
 
     def on_message_begin(self) -> None:
         self._in_head, self._held = True, 0
@@ -57,7 +82,11 @@ class Http(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        before = self.cycle
         super().on_headers_complete()
+        if self.cycle is not before:
+            # Its task has not begun.
+            self.cycle.message_event = _Event()
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's own is plain text."""
