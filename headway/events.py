@@ -40,7 +40,7 @@ Told = tuple[str, dict[str, Any]]
 log = structlog.get_logger(__name__)
 
 
-# The group that everyone who follows anything is in.
+# The group that whoever follows anything is in, before it is in another.
 EVERYONE = "everyone"
 # Tells them that events were lost: they are to look at the record.
 LOST = {"type": "lost"}
@@ -109,6 +109,8 @@ class Events:
         self._waiting: deque[Event | Told] = deque()
         self._submitted: set[UUID] = set()
         self._lost = False
+        # Whether anybody followed anything when last asked.
+        self._followed = False
         self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -168,15 +170,19 @@ class Events:
 
         Who subscribes after the question reads the record after that, and so finds what is committed by now.
         """
+        submitted, self._submitted = self._submitted, set()
+        if not self._followed and not await self.layer.heard([EVERYONE]):
+            self._lost = False
+            return
         events = [one for one in waiting if isinstance(one, Event)]
         told = [one for one in waiting if not isinstance(one, Event)]
-        submitted, self._submitted = self._submitted, set()
         hinted = {tenant_group(tenant_id) for tenant_id in submitted}
         hinted |= {tenant_group(event.tenant_id) for event in events if event.type != "progress"}
         tenants = {tenant_group(event.tenant_id) for event in events}
         heard = await self.layer.heard(
             {*hinted, *tenants, *(group(event.job_id) for event in events), *(name for name, _ in told), EVERYONE}
         )
+        self._followed = EVERYONE in heard
         messages: list[tuple[str, dict[str, Any]]] = []
         if self._lost and EVERYONE in heard:
             messages.append((EVERYONE, LOST))

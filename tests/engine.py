@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from headway import JobContext, kind
 from headway import settings as headway_settings
 from headway.embedded import Embedded
-from headway.events import Events, Layer, group
+from headway.events import EVERYONE, Events, Layer, group
 from headway.files import Files
 from headway.job import Claim, Event, File, Job, Priority
 from headway.lifecycle import LEASE, Lifecycle
@@ -152,7 +152,9 @@ class Engine:
         heard: list[dict[str, Any]] = []
         subscribed = asyncio.Event()
         channel = await self.layer.new_channel()
-        await self.layer.group_add(group(job_id), channel)
+        # As the web service does: who is not in the first is not told of anything.
+        for name in (EVERYONE, group(job_id)):
+            await self.layer.group_add(name, channel)
 
         async def listen() -> None:
             while True:
