@@ -128,7 +128,9 @@ class Fetcher:
         keeps = self.kept in ("text", "base64", "archive")
         kept = bytearray()
         digest = hashlib.sha256()
-        while chunk := await response.content.readany():
+        content = response.content
+        while not content.at_eof():
+            chunk = await content.readany()
             record["bytes"] += len(chunk)
             if record["bytes"] > self.max_bytes:
                 raise _too_large(self.max_bytes)

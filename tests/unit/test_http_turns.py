@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from headway.fetching.deadlines import Deadlines
 from headway.fetching.requests import Request
-from services.worker.kinds.http_turns import Turns, host_of
+from services.worker.kinds.http_turns import Host, Turns, host_of
 
 hosts = st.sampled_from(["a", "b.example", "b.example:8080", "[::1]"])
 urls = st.lists(hosts.map(lambda host: f"http://{host}/path"), max_size=40)
@@ -20,8 +20,8 @@ async def filled(turns: Turns, urls: list[str]) -> None:
         await turns.add(Request(index, url))
 
 
-async def taken(turns: Turns) -> Request | None:
-    """The next request, if there is one whose turn it is now."""
+async def taken(turns: Turns) -> tuple[Request, Host] | None:
+    """The next request and its host, if there is one whose turn it is now."""
     try:
         async with asyncio.timeout(0):
             return await turns.take()
@@ -34,14 +34,16 @@ def test_every_url_has_one_turn_and_no_host_more_than_its_share(
     urls: list[str], per_host: int, workers: int, data: st.DataObject
 ) -> None:
     async def play() -> list[int]:
-        turns, done, under_way = Turns(per_host), list[int](), list[Request]()
+        turns, done, under_way = Turns(per_host), list[int](), list[Host]()
         await filled(turns, urls)
         while len(done) < len(urls):
-            while len(under_way) < workers and (request := await taken(turns)):
+            while len(under_way) < workers and (found := await taken(turns)):
+                request, host = found
                 assert request.url == urls[request.index]
+                assert host.name == host_of(request.url)
                 done.append(request.index)
-                under_way.append(request)
-                assert max(Counter(host_of(each.url) for each in under_way).values()) <= per_host
+                under_way.append(host)
+                assert max(Counter(each.name for each in under_way).values()) <= per_host
             turns.give_back(under_way.pop(data.draw(st.integers(0, len(under_way) - 1))))
         return done
 
@@ -52,7 +54,7 @@ async def test_hosts_come_in_turn_however_the_list_is_ordered() -> None:
     turns = Turns(per_host=50)
     await filled(turns, [*["http://first/"] * 50, "http://SECOND/x", "https://third?y"])
 
-    assert [host_of((await turns.take()).url) for _ in range(4)] == ["first", "second", "third", "first"]
+    assert [(await turns.take())[1].name for _ in range(4)] == ["first", "second", "third", "first"]
 
 
 async def test_only_so_many_wait_at_a_time() -> None:
@@ -60,10 +62,10 @@ async def test_only_so_many_wait_at_a_time() -> None:
     filling = asyncio.create_task(filled(turns, ["http://a/"] * 10))
     seen = []
     while len(seen) < 10:
-        request = await turns.take()
+        request, host = await turns.take()
         assert not filling.done() or request.index >= 7
         seen.append(request.index)
-        turns.give_back(request)
+        turns.give_back(host)
     await filling
 
     assert seen == list(range(10))
@@ -75,9 +77,9 @@ async def test_a_host_has_no_more_than_its_rate_and_holds_up_no_other() -> None:
     await filled(turns, [*["http://a/"] * 5, *["http://b/"] * 5])
     at: dict[str, list[float]] = {"a": [], "b": []}
     for _ in range(10):
-        request = await turns.take()
-        at[host_of(request.url)].append(loop.time())
-        turns.give_back(request)
+        _, host = await turns.take()
+        at[host.name].append(loop.time())
+        turns.give_back(host)
 
     for times in at.values():
         # However late a turn comes, none comes before its time; the clock has a grain.
@@ -88,18 +90,20 @@ async def test_a_host_that_is_paused_is_left_alone_and_what_failed_comes_again()
     loop = asyncio.get_running_loop()
     turns = Turns(per_host=1)
     await filled(turns, ["http://a/1", "http://a/2", "http://b/"])
-    first = await turns.take()
+    first, host = await turns.take()
     began = loop.time()
-    turns.pause(first.url, 0.2)
+    turns.pause(host, 0.2)
     turns.again(first, 0.1)
-    turns.give_back(first)
+    turns.give_back(host)
 
-    order = [await turns.take()]
-    turns.give_back(order[0])
+    request, host = await turns.take()
+    turns.give_back(host)
+    order = [request]
     for _ in range(2):
-        order.append(await turns.take())
+        request, host = await turns.take()
         assert loop.time() - began >= 0.19
-        turns.give_back(order[-1])
+        order.append(request)
+        turns.give_back(host)
     assert [request.url for request in order] == ["http://b/", "http://a/2", "http://a/1"]
 
 

@@ -18,7 +18,7 @@ from services.worker.kinds.http_requests import Requests
 from services.worker.kinds.http_retries import wait_before
 from services.worker.kinds.http_robots import Robots
 from services.worker.kinds.http_rows import Format
-from services.worker.kinds.http_turns import Turns
+from services.worker.kinds.http_turns import Host, Turns
 from services.worker.kinds.saved import Saved
 
 TEXT_BYTES = 1 << 20
@@ -202,8 +202,7 @@ class _Work:
 
     async def _feed(self) -> None:
         async with aclosing(self._requests.read()) as requests:
-            async for found in requests:
-                request, error = found if isinstance(found, tuple) else (found, None)
+            async for request, error in requests:
                 if self._output.done[request.index]:
                     continue
                 if error is None:
@@ -213,13 +212,13 @@ class _Work:
 
     async def _make(self) -> None:
         while True:
-            request = await self._turns.take()
-            record = await self._fetch(request)
+            request, host = await self._turns.take()
+            record = await self._fetch(request, host)
             if record is not None:
                 await self._finished.put(record)
-            self._turns.give_back(request)
+            self._turns.give_back(host)
 
-    async def _fetch(self, request: Request) -> Record | None:
+    async def _fetch(self, request: Request, host: Host) -> Record | None:
         """The record of a request; None if it is to be made again."""
         if self._robots and not await self._robots.allow(request.url):
             return self._refused(request, FetchError("robots", "The host's robots.txt asks to leave this alone."))
@@ -228,7 +227,7 @@ class _Work:
         if tries < self._input.tries and (wait := wait_before(request, record, tries)):
             until, pause = wait
             if pause:
-                self._turns.pause(request.url, pause)
+                self._turns.pause(host, pause)
             self._tries[request.index] = tries
             self._turns.again(request, until)
             return None

@@ -55,7 +55,7 @@ class Output:
         self._archive = archive
         self._zip = Archive() if archive is not None else None
         self._retries = 0
-        self._statuses: Counter[str] = Counter()
+        self._statuses: Counter[int] = Counter()
         self._errors: Counter[str] = Counter()
         self._steps: Counter[int] = Counter()
 
@@ -103,7 +103,7 @@ class Output:
             total=answered + self.counts["failed"],
             **self.counts,
             retries=self._retries,
-            statuses=dict(sorted(self._statuses.items())),
+            statuses={f"{hundreds}xx": count for hundreds, count in sorted(self._statuses.items())},
             errors=dict(sorted(self._errors.items())),
             latency_ms=Latency(p50=self._latency(0.5), p90=self._latency(0.9), p99=self._latency(0.99))
             if answered
@@ -125,7 +125,7 @@ class Output:
             self._errors[record["error"]["type"]] += 1
             return
         self.counts["ok" if 200 <= record["status"] < 400 else "http_error"] += 1
-        self._statuses[f"{record['status'] // 100}xx"] += 1
+        self._statuses[record["status"] // 100] += 1
         self._steps[ceil(log(max(record["ms"], 0.001)) / STEP)] += 1
 
     def _latency(self, share: float) -> float:

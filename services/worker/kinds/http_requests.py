@@ -43,17 +43,17 @@ class Requests:
         requests.total = await rows.count()
         return requests
 
-    async def read(self) -> AsyncGenerator[Request | tuple[Request, FetchError]]:
-        """Each request, in order; one that cannot be made comes with the reason."""
+    async def read(self) -> AsyncGenerator[tuple[Request, FetchError | None]]:
+        """Each request, in order; with one that cannot be made comes the reason."""
         if self._rows is None:
             for index, url in enumerate(self._input.urls):
-                yield Request(index, url, self._input.method, self._headers, self._sent)
+                yield Request(index, url, self._input.method, self._headers, self._sent), None
             return
         index = 0
         async with aclosing(self._rows.read()) as rows:
             async for row in rows:
                 try:
-                    yield self._request(index, row)
+                    yield self._request(index, row), None
                 except FetchError as error:
                     yield Request(index, ""), error
                 index += 1
