@@ -19,10 +19,10 @@ FROM tenants
 """
 
 # Jobs of a tenant that ended up to a time, the oldest first. A child stays while its parent may still read its result.
-# $1: tenant, $2: time, $3: how many
+# $1: tenant, $2: time, $3: how many, $4: those to leave out
 EXPIRED = """
 SELECT id FROM jobs
-WHERE tenant_id = $1 AND finished_at <= $2 AND NOT (
+WHERE tenant_id = $1 AND finished_at <= $2 AND id <> ALL($4::uuid[]) AND NOT (
     parent_id IS NOT NULL AND EXISTS (SELECT FROM jobs p WHERE p.id = jobs.parent_id AND p.finished_at IS NULL)
 )
 ORDER BY finished_at LIMIT $3
@@ -86,8 +86,9 @@ class RetentionStore:
         """Each tenant, and the time up to which its ended jobs are to go."""
         return [(row["id"], row["bound"]) for row in await self._store.rows(BOUNDS, age, most)]
 
-    async def expired(self, tenant_id: UUID, bound: datetime, limit: int) -> list[UUID]:
-        return [row["id"] for row in await self._store.rows(EXPIRED, tenant_id, bound, limit)]
+    async def expired(self, tenant_id: UUID, bound: datetime, limit: int, but: Sequence[UUID]) -> list[UUID]:
+        """Those that are to go, the oldest first, `but` for some."""
+        return [row["id"] for row in await self._store.rows(EXPIRED, tenant_id, bound, limit, but)]
 
     async def delete(self, ids: Sequence[UUID]) -> int:
         """How many there were."""

@@ -120,6 +120,9 @@ async def test_a_job_that_does_not_fit_is_refused_field_by_field(http: httpx.Asy
         "demo.countdown"
         in refused(await http.post(JOBS, json=COUNTDOWN | {"kind": "no.such"}), 422, "unknown-kind")["detail"]
     )
+    for input in ({}, {"urls": ["http://localhost/"], "file": "018f0000-0000-7000-8000-000000000000"}):
+        problem = refused(await http.post(JOBS, json={"kind": "http.fetch", "input": input}), 422, "invalid-input")
+        assert problem["detail"].startswith("input: give one of these, and only one: urls, file;")
     assert (await http.get(JOBS)).json()["jobs"] == []
 
 

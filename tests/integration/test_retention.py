@@ -61,7 +61,8 @@ async def test_jobs_that_ended_long_ago_go_and_open_ones_never_do(engine: Engine
 
 async def test_what_cannot_be_deleted_puts_nothing_else_off(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeper, "SWEEP_EVERY", 0.0)
-    job_id, file = await ended(engine, 11), await engine.upload(b"over")
+    job_id, file = await ended(engine, 12), await engine.upload(b"over")
+    await ended(engine, 11)
     await engine.database.execute("UPDATE files SET expires_at = now()")
     folder = engine.settings.home / "files" / "artifacts" / str(job_id)
     folder.parent.mkdir(exist_ok=True)

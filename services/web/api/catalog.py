@@ -56,7 +56,7 @@ class Catalog:
             if len(errors) == MOST_ERRORS:
                 break
             path = ".".join(str(part) for part in ("input", *error.instance_path))
-            errors.append({"field": path, "message": _short(error.message)})
+            errors.append({"field": path, "message": _short(_message(error, entry.kind["input_schema"]))})
         if errors:
             where = f"see the input_schema of GET /api/v1/kinds/{name}"
             raise InvalidInput(f"{errors[0]['field']}: {errors[0]['message']}; {where}.", errors=errors)
@@ -93,6 +93,17 @@ class Catalog:
             }
             self._encoded = encoded
         self._until = now + REMEMBERED
+
+
+def _message(error: jsonschema_rs.ValidationError, schema: Any) -> str:
+    """What is wrong. The validator does not say of which properties one is needed, which kinds say by `oneOf`."""
+    if not error.schema_path or error.schema_path[-1] != "oneOf":
+        return error.message
+    for key in error.schema_path:
+        schema = schema[key]
+    if not all(choice.keys() == {"required"} for choice in schema):
+        return error.message
+    return f"give one of these, and only one: {', '.join(' and '.join(choice['required']) for choice in schema)}"
 
 
 def _short(message: str) -> str:
