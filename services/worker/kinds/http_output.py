@@ -119,14 +119,16 @@ class Output:
         self.done[record["index"]] = 1
         self.left -= 1
         self.counts["bytes"] += record["bytes"]
-        self._retries += max(0, record["tries"] - 1)
-        if record["error"]:
+        if (tries := record["tries"]) > 1:
+            self._retries += tries - 1
+        if error := record["error"]:
             self.counts["failed"] += 1
-            self._errors[record["error"]["type"]] += 1
+            self._errors[error["type"]] += 1
             return
-        self.counts["ok" if 200 <= record["status"] < 400 else "http_error"] += 1
-        self._statuses[record["status"] // 100] += 1
-        self._steps[ceil(log(max(record["ms"], 0.001)) / STEP)] += 1
+        status = record["status"]
+        self.counts["ok" if 200 <= status < 400 else "http_error"] += 1
+        self._statuses[status // 100] += 1
+        self._steps[ceil(log(record["ms"] or 0.001) / STEP)] += 1
 
     def _latency(self, share: float) -> float:
         before = share * self._steps.total()

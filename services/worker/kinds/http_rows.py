@@ -18,6 +18,8 @@ DELIMITERS = ",;\t"
 
 Format = Literal["text", "csv", "jsonl"]
 Row = Mapping[str, Any]
+# The text of each, and the line on which it ends.
+Records = list[tuple[int, str]]
 
 
 class Rows:
@@ -40,8 +42,8 @@ class Rows:
             return cls(file, format, ["url"])
         if format == "jsonl":
             return cls(file, format, None)
-        async with aclosing(_records(file, quoted=True)) as records:
-            async for number, header in records:
+        async with aclosing(_records(file, quoted=True)) as pieces:
+            async for [(number, header), *_] in pieces:
                 delimiter = max(DELIMITERS, key=header.count)
                 try:
                     [columns] = csv.reader([header], delimiter=delimiter)
@@ -55,9 +57,9 @@ class Rows:
     async def count(self) -> int:
         """How many rows there are. Raises Fatal if they are too many, or if the file is not text."""
         total = 0
-        async with aclosing(self.read()) as rows:
-            async for _ in rows:
-                total += 1
+        async with aclosing(self._records()) as pieces:
+            async for records in pieces:
+                total += len(records)
                 if total > MOST_ROWS:
                     raise Fatal(f"The file has more than {MOST_ROWS:,} rows; split it into several.")
         if not total:
@@ -66,15 +68,21 @@ class Rows:
 
     async def read(self) -> AsyncGenerator[Row | str]:
         """Each row, in order; lines that are empty are passed over."""
+        async with aclosing(self._records()) as pieces:
+            async for records in pieces:
+                for number, record in records:
+                    if self._format == "text":
+                        yield {"url": record.strip()}
+                    else:
+                        yield self._cells(number, record) if self._format == "csv" else _object(number, record)
+
+    async def _records(self) -> AsyncGenerator[Records]:
+        """The records without the header."""
         before = self._format == "csv"
-        async with aclosing(_records(self._file, quoted=self._format == "csv")) as records:
-            async for number, record in records:
-                if before:  # the header
-                    before = False
-                elif self._format == "text":
-                    yield {"url": record.strip()}
-                else:
-                    yield self._cells(number, record) if self._format == "csv" else _object(number, record)
+        async with aclosing(_records(self._file, quoted=before)) as pieces:
+            async for records in pieces:
+                yield records[1:] if before else records
+                before = False
 
     def _cells(self, number: int, record: str) -> Row | str:
         assert self.columns is not None
@@ -101,8 +109,8 @@ def _object(number: int, record: str) -> Row | str:
     return found if isinstance(found, dict) else f"Line {number} is not an object of JSON."
 
 
-async def _records(file: InputFile, *, quoted: bool) -> AsyncGenerator[tuple[int, str]]:
-    """The text of each row that has any and the line on which it ends; with `quoted` rows go on while a quote is open.
+async def _records(file: InputFile, *, quoted: bool) -> AsyncGenerator[Records]:
+    """Rows that have any text, a few thousand at a time; with `quoted` rows go on while a quote is open.
 
     Raises Fatal for a row that is too long, and for what is not UTF-8.
     """
@@ -110,6 +118,7 @@ async def _records(file: InputFile, *, quoted: bool) -> AsyncGenerator[tuple[int
     number, size, quotes, held = 0, 0, 0, list[bytes]()
     async with aclosing(text.pieces()) as pieces:
         async for lines in _lines(pieces):
+            found: Records = []
             for line in lines:
                 number += 1
                 size += len(line) + 1
@@ -119,11 +128,13 @@ async def _records(file: InputFile, *, quoted: bool) -> AsyncGenerator[tuple[int
                 if quoted and (quotes := quotes + line.count(b'"')) % 2:
                     continue
                 if row := _decoded(b"\n".join(held), number):
-                    yield number, row
+                    found.append((number, row))
                 size = quotes = 0
                 held.clear()
+            if found:
+                yield found
     if held:
-        yield number, _decoded(b"\n".join(held), number)
+        yield [(number, _decoded(b"\n".join(held), number))]
 
 
 async def _lines(pieces: AsyncGenerator[bytes]) -> AsyncGenerator[Iterable[bytes]]:
