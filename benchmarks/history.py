@@ -75,7 +75,7 @@ class Side:
         await prepare(self.database)
         await self.database.execute("INSERT INTO tenants (id, name) VALUES ($1, 'bench')", TENANT)
         await self.database.execute(HISTORY, TENANT, rare, jobs)
-        await self.database.execute("VACUUM ANALYZE jobs")
+        await self.database.execute("VACUUM ANALYZE jobs, job_tags")
         self.middle = await self.database.fetchval(
             "SELECT id FROM jobs ORDER BY id OFFSET $1 LIMIT 1", jobs // 2 + PAGE // 2
         )

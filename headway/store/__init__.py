@@ -260,7 +260,8 @@ class Store:
         parent: UUID | None = None,
         limit: int,
     ) -> list[Job]:
-        rows = await self.rows(reads.LIST, tenant_id, before, state.value if state else None, kind, tag, parent, limit)
+        asked = tenant_id, before, state.value if state else None, kind, parent, limit
+        rows = await (self.rows(reads.LIST_TAGGED, *asked, tag) if tag else self.rows(reads.LIST, *asked))
         return [as_job(row) for row in rows]
 
     async def events(self, job_id: UUID, tenant_id: UUID, *, after: int, limit: int) -> list[Event]:

@@ -5,15 +5,25 @@ from headway.store.sql import FORM, JOB
 # One job of a tenant. $1: id, $2: tenant
 GET = f"SELECT {JOB} FROM jobs WHERE id = $1 AND tenant_id = $2"
 
-# The newest jobs of a tenant, before a cursor.
-# $1: tenant, $2: before id, $3: state, $4: kind, $5: tag, $6: parent, $7: how many
 # With the values known, what is NULL falls away and an index of its own serves each filter.
+_MATCHES = """($3::text IS NULL OR state = $3) AND ($4::text IS NULL OR kind = $4)
+    AND ($5::uuid IS NULL OR parent_id = $5)"""
+
+# The newest jobs of a tenant that match, before a cursor.
+# $1: tenant, $2: before id, $3: state, $4: kind, $5: parent, $6: how many
 LIST = f"""
 SELECT {JOB} FROM jobs
-WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2) AND ($3::text IS NULL OR state = $3)
-    AND ($4::text IS NULL OR kind = $4) AND ($5::text IS NULL OR (tags @> ARRAY[$5] AND tags <> '{{}}'))
-    AND ($6::uuid IS NULL OR parent_id = $6)
-ORDER BY id DESC LIMIT $7
+WHERE tenant_id = $1 AND ($2::uuid IS NULL OR id < $2) AND {_MATCHES}
+ORDER BY id DESC LIMIT $6
+"""
+
+# The same of those with a tag. $7: tag
+LIST_TAGGED = f"""
+SELECT {JOB} FROM jobs JOIN (
+    SELECT job_id FROM job_tags WHERE tenant_id = $1 AND tag = $7 AND ($2::uuid IS NULL OR job_id < $2)
+) tagged ON id = job_id
+WHERE tenant_id = $1 AND {_MATCHES}
+ORDER BY job_id DESC LIMIT $6
 """
 
 # The durable events of a job after a seq. $1: job, $2: tenant, $3: after seq, $4: how many

@@ -33,8 +33,8 @@ class Old:
         self._tenant = str(engine.tenant.id)
         self._connection = connection
 
-    async def submit(self, input: Any) -> UUID:
-        job = {"id": str(uuid7()), "tenant_id": self._tenant, "kind": KINDS[0], "input": input, "tags": []}
+    async def submit(self, input: Any, *tags: str) -> UUID:
+        job = {"id": str(uuid7()), "tenant_id": self._tenant, "kind": KINDS[0], "input": input, "tags": tags}
         [row] = await self._connection.fetch(
             sql.SUBMIT, [{**job, "priority": 1, "timeout": 30, "max_attempts": 2, "run_at": None, "delay": None}]
         )
@@ -71,6 +71,14 @@ async def old(engine: Engine) -> Any:
     await prepare(connection)
     yield Old(engine, connection)
     await connection.close()
+
+
+async def test_a_job_of_the_old_release_is_found_by_its_tags(engine: Engine, old: Old) -> None:
+    job_id = await old.submit({}, "nightly", "eu", "nightly")
+    await old.submit({})
+    for tag, found in (("nightly", [job_id]), ("eu", [job_id]), ("night", [])):
+        jobs = await engine.store.list_jobs(engine.tenant.id, before=None, state=None, kind=None, tag=tag, limit=10)
+        assert [job.id for job in jobs] == found
 
 
 async def test_jobs_of_both_releases_are_run_by_both_and_once(engine: Engine, old: Old) -> None:

@@ -33,7 +33,8 @@ INSERT INTO jobs (id, tenant_id, kind, state, input, tags, timeout, attempt, tok
 SELECT uuidv7(make_interval(secs => n - 200000)), CASE WHEN n % 5 = 0 THEN others[1 + n % 20] ELSE $1 END,
     CASE WHEN n % 500 = 1 THEN 'rare.kind' ELSE 'test.call' END,
     CASE WHEN n % 1000 = 3 THEN 'failed' ELSE 'succeeded' END,
-    '{"rows": 1000}', CASE WHEN n % 1000 = 2 THEN ARRAY['nightly'] ELSE '{}' END,
+    '{"rows": 1000}',
+    CASE WHEN n % 1000 = 2 THEN ARRAY['nightly'] WHEN n % 3 = 0 THEN ARRAY['tag ' || n % 100] ELSE '{}' END,
     60, 1, 1, now(), now(), now(), '{"done": 1}', '{"rows": 1000}', 3
 FROM generate_series(1, $2::int) n, (SELECT array_agg(id) AS others FROM tenants WHERE id <> $1)
 """
@@ -61,7 +62,7 @@ INSERT INTO messages (tenant_id, room, seq, id, author, key_id, publish_key, tex
 SELECT $1, 'room-' || n, seq, gen_random_uuid(), 'ada', 'key', seq, 'hi', now() - (n + 50 - seq) * interval '1 minute'
 FROM generate_series(1, 2000) n, generate_series(1, 50) seq WHERE n % 500 <> 0
 """
-LARGE = ("jobs", "events", "rooms", "messages", "files")
+LARGE = ("jobs", "job_tags", "events", "rooms", "messages", "files")
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +88,10 @@ async def engine(servers: Embedded, folder: Path) -> AsyncIterator[Engine]:
         await engine.lifecycle.claim(ids[: OPEN // 2], ["test.call"], "a worker")
         await engine.database.execute(ROOMS, engine.tenant.id)
         await engine.database.execute(MESSAGES, engine.tenant.id)
-        await engine.database.execute("VACUUM ANALYZE jobs, events, rooms, messages, files")
+        await engine.database.execute("VACUUM ANALYZE jobs, job_tags, events, rooms, messages, files")
         yield engine
         # The database is shared, and to delete them one by one takes a while.
-        await engine.database.execute("TRUNCATE jobs, events, artifacts, rooms, messages, files")
+        await engine.database.execute("TRUNCATE jobs, job_tags, events, artifacts, rooms, messages, files")
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -184,7 +185,7 @@ async def test_groups(engine: Engine, planning: psycopg.Connection) -> None:
     explain(planning, sql.WAKE, 1000)
     explain(planning, groups.ORPHANS, 500)
     explain(planning, groups.CHILDREN, engine.tenant.id, [key] * 100)
-    explain(planning, reads.LIST, engine.tenant.id, None, None, None, None, parent, 51)
+    explain(planning, reads.LIST, engine.tenant.id, None, None, None, parent, 51)
 
 
 async def test_rescue(engine: Engine, planning: psycopg.Connection) -> None:
@@ -227,7 +228,11 @@ async def test_list(
 ) -> None:
     middle = await engine.database.fetchval("SELECT id FROM jobs ORDER BY id OFFSET 50000 LIMIT 1")
     for before in (None, middle):
-        explain(planning, reads.LIST, engine.tenant.id, before, state, kind, tag, None, 51)
+        asked = engine.tenant.id, before, state, kind, None, 51
+        if tag is None:
+            explain(planning, reads.LIST, *asked)
+        else:
+            explain(planning, reads.LIST_TAGGED, *asked, tag)
 
 
 async def test_rooms(engine: Engine, planning: psycopg.Connection) -> None:

@@ -48,7 +48,7 @@ def retention(engine: Engine, *, days: float = 10, most: int = 1000) -> Retentio
 
 
 async def test_jobs_that_ended_long_ago_go_and_open_ones_never_do(engine: Engine) -> None:
-    new, _ = await ended(engine, 9), await ended(engine, 11)
+    new, _ = await ended(engine, 9, tags=("a", "b")), await ended(engine, 11, tags=("a", "c"))
     queued, running = await engine.submit_kind("test.call", {}), await engine.submit_kind("test.call", {})
     await engine.claim(running)
     await engine.database.execute("UPDATE jobs SET created_at = now() - interval '1 year'")
@@ -57,6 +57,8 @@ async def test_jobs_that_ended_long_ago_go_and_open_ones_never_do(engine: Engine
     for table in ("events", "failures", "artifacts"):
         rows = await engine.database.fetch(f"SELECT DISTINCT job_id FROM {table}")
         assert {row["job_id"] for row in rows} <= {new, queued, running}
+    rows = await engine.database.fetch("SELECT job_id, tag FROM job_tags ORDER BY tag")
+    assert [tuple(row) for row in rows] == [(new, "a"), (new, "b")]
 
 
 async def test_what_cannot_be_deleted_puts_nothing_else_off(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

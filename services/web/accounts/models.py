@@ -168,6 +168,18 @@ class Job(models.Model):
         return f"{self.kind} {self.id}"
 
 
+class JobTag(models.Model):
+    """A tag of a job, so that those with a tag are found newest first. Triggers of `jobs` write and delete it."""
+
+    pk = models.CompositePrimaryKey("tenant_id", "tag", "job_id")
+    tenant = models.ForeignKey(Tenant, models.DO_NOTHING, db_index=False, db_constraint=False)
+    tag = models.TextField()
+    job = models.ForeignKey(Job, models.DO_NOTHING, db_index=False, db_constraint=False)
+
+    class Meta:
+        db_table = "job_tags"
+
+
 class TransactionId(models.Field):
     """A transaction of Postgres."""
 
