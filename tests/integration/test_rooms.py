@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headway.errors import InvalidRequest
+from headway.events import CHANNEL, EVERYONE
 from headway.queue import connect
 from headway.retention import Retention
 from headway.rooms import LONGEST, MOST_BEHIND, NEWEST, Rooms, Start, check_name, group, job_of
@@ -181,8 +182,10 @@ async def test_a_message_is_told_once_it_is_committed(engine: Engine) -> None:
     redis = connect(engine.settings.redis_url.get_secret_value())
     heard: list[bytes] = []
     async with redis.pubsub() as pubsub:
-        await pubsub.subscribe(f"headway__group__{group(tenant_id, 'lobby')}")
-        await pubsub.get_message(timeout=5)
+        # As the web service does: who is not in the first is not told of anything.
+        for name in (EVERYONE, group(tenant_id, "lobby")):
+            await pubsub.subscribe(CHANNEL + name)
+            await pubsub.get_message(timeout=5)
         message, new = await rooms.publish(
             tenant_id, "lobby", "hi", author="ada", key_id=engine.tenant.key_id, publish_key="k"
         )
