@@ -261,7 +261,7 @@ class Store:
         limit: int,
     ) -> list[Job]:
         asked = tenant_id, before, state.value if state else None, kind, parent, limit
-        rows = await (self.rows(reads.LIST_TAGGED, *asked, tag) if tag else self.rows(reads.LIST, *asked))
+        rows = await (self.rows(reads.LIST_TAGGED, *asked, tag) if tag is not None else self.rows(reads.LIST, *asked))
         return [as_job(row) for row in rows]
 
     async def events(self, job_id: UUID, tenant_id: UUID, *, after: int, limit: int) -> list[Event]:
