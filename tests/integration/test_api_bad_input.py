@@ -165,6 +165,22 @@ async def test_no_json_is_answered_with_a_server_error(http: httpx.AsyncClient) 
     await asyncio.to_thread(check)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"oneOf": [True, True]},
+        {"$ref": "http://x/one", "$defs": {"one": {"$id": "http://x/one", "oneOf": [{"required": ["a"]}]}}},
+        {"properties": {"5": {"oneOf": [{"required": ["a"]}]}}},
+    ],
+)
+async def test_an_input_is_refused_in_words_whatever_the_schema_of_its_kind(
+    settings: Settings, tenant: Tenant, database: asyncpg.Connection, schema: dict[str, Any]
+) -> None:
+    async with idle(settings, tenant) as http:
+        await database.execute("UPDATE kinds SET input_schema = $1 WHERE name = 'demo.countdown'", schema)
+        refused(await http.post(JOBS, json=COUNTDOWN | {"input": {"5": {}}}), 422, "invalid-input")
+
+
 async def test_a_query_that_is_not_understood_is_refused(http: httpx.AsyncClient) -> None:
     job = (await http.post(JOBS, json=COUNTDOWN)).json()["id"]
     for path, status, slug in (

@@ -96,14 +96,11 @@ class Catalog:
 
 
 def _message(error: jsonschema_rs.ValidationError, schema: Any) -> str:
-    """What is wrong. The validator does not say of which properties one is needed, which kinds say by `oneOf`."""
-    if not error.schema_path or error.schema_path[-1] != "oneOf":
+    """What is wrong. Of an input that needs one of some properties the validator does not say which."""
+    choices = schema.get("oneOf") if list(error.schema_path) == ["oneOf"] else None
+    if not choices or not all(isinstance(choice, dict) and choice.keys() == {"required"} for choice in choices):
         return error.message
-    for key in error.schema_path:
-        schema = schema[key]
-    if not all(choice.keys() == {"required"} for choice in schema):
-        return error.message
-    return f"give one of these, and only one: {', '.join(' and '.join(choice['required']) for choice in schema)}"
+    return f"give one of these, and only one: {', '.join(' and '.join(choice['required']) for choice in choices)}"
 
 
 def _short(message: str) -> str:
