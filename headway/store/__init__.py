@@ -51,8 +51,9 @@ CLAIMS = 5
 async def prepare(connection: asyncpg.Connection) -> None:
     """Read and write jsonb as Python values."""
     encode = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
-    decode = json.JSONDecoder().decode
-    await connection.set_type_codec("jsonb", encoder=encode, decoder=decode, schema="pg_catalog")
+    # Postgres writes nothing around a value, for which `decode` would look twice.
+    decode = json.JSONDecoder().raw_decode
+    await connection.set_type_codec("jsonb", encoder=encode, decoder=lambda text: decode(text)[0], schema="pg_catalog")
 
 
 async def keep(_: asyncpg.Connection) -> None:

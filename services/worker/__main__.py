@@ -57,6 +57,8 @@ async def _run(app: App, told: "asyncio.Task[Literal[True]]", config: Settings) 
     # What start-up has made stays; the collector need not walk through it again and again while jobs run.
     gc.collect()
     gc.freeze()
+    # Most of what a short job makes is gone before a collection this rare would look at it.
+    gc.set_threshold(10_000, 20, 20)
     working = asyncio.create_task(app.worker.async_run())
     log.info("the worker runs", worker=app.worker.name, slots=config.slots)
     await asyncio.wait({working, told}, return_when=asyncio.FIRST_COMPLETED)
