@@ -129,11 +129,13 @@ def kind(
         form = _form(handler)
         where = _runs(name, form, runs)
         try:
-            hints = typing.get_type_hints(handler)
+            plain = typing.get_type_hints(handler)
+            # What Annotated says of the input and the result is part of their schemas.
+            hints = typing.get_type_hints(handler, include_extras=True)
             parameters = list(inspect.signature(handler).parameters)
             if len(parameters) < 2 or parameters[1] not in hints or "return" not in hints:
                 raise InvalidSettings(f"The handler of {name} must look like `{LOOKS[form]}`.")
-            if hints.get(parameters[0]) is (JobContext if form in PLAIN else SyncJobContext):
+            if plain.get(parameters[0]) is (JobContext if form in PLAIN else SyncJobContext):
                 raise InvalidSettings(
                     f"The handler of {name} has the context of another form; it must look like `{LOOKS[form]}`."
                 )
@@ -141,7 +143,7 @@ def kind(
                 name=name,
                 handler=handler,
                 form=form,
-                needs={given: _dependency(name, given, hints.get(given)) for given in parameters[2:]},
+                needs={given: _dependency(name, given, plain.get(given)) for given in parameters[2:]},
                 input=TypeAdapter(hints[parameters[1]]),
                 result=TypeAdapter(_result(name, form, hints["return"])),
                 timeout=limit,

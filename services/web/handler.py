@@ -58,6 +58,8 @@ class ApiHandler(ASGIHandler):
         self._middleware_chain = chain
         # The same few paths are asked for again and again; to match one costs as much as the rest of a request.
         self._resolve = lru_cache(maxsize=256)(get_resolver().resolve)
+        # Django reads the routes when first asked; neither the first request nor those beside it are to wait for that.
+        self._resolve("/api/v1/jobs")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = ApiRequest(scope, receive)

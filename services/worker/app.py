@@ -9,7 +9,8 @@ from uuid import UUID
 
 import structlog
 
-from headway import kinds, queue
+from headway import kinds, queue, schemas
+from headway.errors import InvalidSettings
 from headway.events import Events, layer
 from headway.files import Files
 from headway.groups import Groups
@@ -47,9 +48,11 @@ class App:
     async def open(cls, settings: Settings, *, lease: timedelta = LEASE) -> "App":
         """Open what handlers need, connect, and announce the kinds.
 
-        Raises InvalidSettings if a module of kinds cannot be imported, and StartFailed if what they need cannot be had.
+        Raises InvalidSettings if a module of kinds cannot be imported or a schema is none, and StartFailed if what they
+        need cannot be had.
         """
         found = kinds.discover(settings.kinds)
+        _check(found)
         opened = Opened()
         # Those of kinds that run as processes are opened there.
         needs = [need for kind in found.values() if kind.runs != "process" for need in kind.needs.values()]
@@ -94,6 +97,19 @@ class App:
         await self.queue.close()
         await self.events.close()
         await self.store.close()
+
+
+def _check(found: dict[str, kinds.Kind]) -> None:
+    """See that the web service can hold inputs against what is to be announced; it would refuse all kinds for one."""
+    for kind in found.values():
+        shown = kind.as_json()
+        for name in ("input_schema", "result_schema"):
+            try:
+                schemas.validator(shown[name])
+            except ValueError as error:
+                raise InvalidSettings(
+                    f"The {name} of {kind.name} is no JSON Schema: {getattr(error, 'message', error)}."
+                ) from error
 
 
 async def _announce(store: Store, found: dict[str, kinds.Kind]) -> None:

@@ -4,11 +4,14 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+from pydantic import WithJsonSchema
 
+from headway import JobContext, kind, kinds
 from headway.embedded import Embedded
-from headway.errors import StartFailed
+from headway.errors import InvalidSettings, StartFailed
 from headway.states import JobState
 from services.worker.app import App
 from tests.engine import Engine, worker
@@ -94,3 +97,26 @@ async def test_what_breaks_later_ends_the_worker(engine: Engine) -> None:
     finally:
         await app.worker.drain(0)
         await app.close()
+
+
+@pytest.mark.parametrize(
+    ("extra", "why"),
+    [
+        ({"oneOf": []}, r"\[\] has less than 1 item"),
+        ({"$ref": "https://schemas.example/order.json"}, r"order\.json is not part of the schema; define in \$defs"),
+    ],
+)
+async def test_a_worker_with_a_kind_whose_schema_is_none_stops_before_it_announces_any(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, extra: dict[str, Any], why: str
+) -> None:
+    """The web service holds inputs against the schemas of all kinds; it fetches none from elsewhere."""
+    monkeypatch.setattr(kinds, "_registry", dict(kinds._registry))
+
+    @kind("report.odd")
+    async def odd(job: JobContext, input: Annotated[int, WithJsonSchema(extra)]) -> None: ...
+
+    await engine.database.execute("DELETE FROM kinds")
+
+    with pytest.raises(InvalidSettings, match=rf"The input_schema of report\.odd is no JSON Schema: .*{why}"):
+        await App.open(engine.settings)
+    assert await engine.database.fetchval("SELECT count(*) FROM kinds") == 0

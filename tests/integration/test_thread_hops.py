@@ -235,3 +235,16 @@ def test_middleware_that_would_hop_is_refused() -> None:
     assert found(f"{__name__}.AsyncOnly") == []
     for refused in ("django.middleware.common.CommonMiddleware", f"{__name__}.SyncOnly", f"{__name__}.Both"):
         assert found(refused, f"{__name__}.AsyncOnly") == [refused]
+
+
+async def test_the_routes_are_read_when_a_process_starts(settings: Settings) -> None:
+    """Django would read them at the first request, and hold up all others for a tenth of a second."""
+    from django.urls import clear_url_caches, get_resolver
+
+    from services.web.asgi import Application
+
+    clear_url_caches()
+    assert "url_patterns" not in vars(get_resolver())
+    application = Application(settings)
+    assert "url_patterns" in vars(get_resolver())
+    await application.close()

@@ -4,12 +4,12 @@ import sys
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from headway import JobContext, Progress, SyncJobContext, kind, kinds, on_startup, startup
 from headway.errors import InvalidSettings
@@ -54,6 +54,20 @@ def test_a_kind_is_announced_with_its_name_description_timeout_and_schemas() -> 
     assert announced["input_schema"]["properties"]["rows"]["minimum"] == 1
     assert announced["input_schema"]["additionalProperties"] is False
     assert announced["result_schema"]["properties"]["total"]["type"] == "string"
+
+
+def test_what_annotated_says_of_input_and_result_is_in_the_schemas_and_checked() -> None:
+    @kind("report.build")
+    async def build(
+        job: JobContext, input: Annotated[int, Field(ge=1)]
+    ) -> list[Annotated[str, Field(max_length=3)]]: ...
+
+    made = kinds.discover()["report.build"]
+
+    assert made.as_json()["input_schema"]["minimum"] == 1
+    assert made.as_json()["result_schema"]["items"]["maxLength"] == 3
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        made.input.validate_python(0)
 
 
 @pytest.mark.parametrize(

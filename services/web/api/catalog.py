@@ -7,6 +7,7 @@ from typing import Any
 
 import jsonschema_rs
 
+from headway import schemas
 from headway.errors import InvalidInput, NotFound, UnknownKind
 from headway.store import Store
 
@@ -86,7 +87,7 @@ class Catalog:
             self._entries = {
                 kind["name"]: Entry(
                     kind,
-                    jsonschema_rs.validator_for(kind["input_schema"], validate_formats=True),
+                    schemas.validator(kind["input_schema"]),
                     json.dumps(kind, separators=(",", ":")).encode(),
                 )
                 for kind in kinds
