@@ -22,6 +22,8 @@ from headway.errors import StartFailed
 
 log = logging.getLogger(__name__)
 
+# What both servers log; they speak English here.
+PORT_TAKEN = "Address already in use"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -50,6 +52,7 @@ class Server(ABC):
         self.account: Account | None = None
         self._log = folder.parent / "log" / f"{folder.name}.log"
         self._lock: IO[str] | None = None
+        self._movable = False
         self._process: subprocess.Popen[str] | None = None
 
     @abstractmethod
@@ -85,6 +88,8 @@ class Server(ABC):
                 )
             time.sleep(0.02)
         self._lock.truncate(0)
+        # Who was told the address of a server that is brought back finds it there.
+        self._movable = not self.port
         self.port = self.port or _free_port(self.last_port)
         self.make_folder(self.folder)
 
@@ -136,13 +141,18 @@ class Server(ABC):
                 pipe.write(stdin)
 
     def wait(self) -> None:
-        """Returns when the server answers."""
+        """Returns when the server answers. One that found its port taken when it came to use it is given another."""
         deadline = time.monotonic() + 60
         while True:
             try:
                 return self.ping()
             except (psycopg.OperationalError, redis.RedisError) as error:
                 failure = error
+            if not self.running and self._movable and PORT_TAKEN in self._log.read_text(errors="replace"):
+                log.warning("%s starts on another port; %d was taken meanwhile.", self.name, self.port)
+                self.port = self.last_port = 0
+                self.start(self.account)
+                continue
             if not self.running or time.monotonic() > deadline:
                 what = f"does not answer: {failure}" if self.running else "ended while it started."
                 tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])

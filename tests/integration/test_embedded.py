@@ -19,6 +19,7 @@ import pytest
 import redis
 
 from headway.embedded import Embedded
+from headway.embedded import process as starting
 from headway.errors import StartFailed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are read from /proc")
@@ -204,6 +205,20 @@ def test_a_port_that_is_taken_meanwhile_is_replaced(tmp_path: Path) -> None:
     port = json.loads((tmp_path / "servers.json").read_text())["redis"]
     with socket.create_server(("127.0.0.1", port)), Embedded(tmp_path, durable=False, postgres=False) as servers:
         assert servers.redis_url != url
+
+
+@pytest.mark.parametrize("server", ["redis", "postgres"])
+def test_a_port_that_is_taken_while_a_server_starts_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: str
+) -> None:
+    """It is free when it is chosen, and taken when the server comes to use it: Postgres makes its folder meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port, free = other.getsockname()[1], starting._free_port
+        ports = [port]
+        monkeypatch.setattr(starting, "_free_port", lambda wanted: ports.pop() if ports else free(wanted))
+        with Embedded(tmp_path, durable=False, redis=server == "redis", postgres=server == "postgres") as servers:
+            assert servers.ended() is None
+        assert json.loads((tmp_path / "servers.json").read_text())[server] != port
 
 
 @pytest.mark.parametrize(("written", "named"), [("15\n", "15"), ("9.6\n", r"9\.6"), ("", r"\?")])
