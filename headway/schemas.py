@@ -6,8 +6,11 @@ import jsonschema_rs
 
 
 def validator(schema: Any) -> jsonschema_rs.Validator:
-    """Raises ValueError, with what is wrong as its `message`, for what is not a JSON Schema or needs another one."""
-    return jsonschema_rs.validator_for(schema, validate_formats=True, retriever=_refuse)
+    """Raises ValueError, which says what is wrong, for what is not a JSON Schema or needs another one."""
+    try:
+        return jsonschema_rs.validator_for(schema, validate_formats=True, retriever=_refuse)
+    except jsonschema_rs.ValidationError as error:
+        raise ValueError(error.message) from error
 
 
 def _refuse(uri: str) -> Any:

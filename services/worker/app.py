@@ -3,8 +3,10 @@
 import asyncio
 import os
 import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 import structlog
@@ -52,7 +54,8 @@ class App:
         need cannot be had.
         """
         found = kinds.discover(settings.kinds)
-        _check(found)
+        announced = [kind.as_json() for kind in found.values()]
+        _check(announced)
         opened = Opened()
         # Those of kinds that run as processes are opened there.
         needs = [need for kind in found.values() if kind.runs != "process" for need in kind.needs.values()]
@@ -60,7 +63,7 @@ class App:
         url = settings.database_url.get_secret_value()
         store = Store(url, pool=settings.database_pool)
         await store.open()
-        await _announce(store, found)
+        await _announce(store, announced)
         redis_url = settings.redis_url.get_secret_value()
         wakeups, events = Queue(queue.connect(redis_url)), Events(layer(redis_url))
         lifecycle = Lifecycle(store, wakeups, events, lease=lease)
@@ -99,27 +102,24 @@ class App:
         await self.store.close()
 
 
-def _check(found: dict[str, kinds.Kind]) -> None:
+def _check(announced: Sequence[Mapping[str, Any]]) -> None:
     """See that the web service can hold inputs against what is to be announced; it would refuse all kinds for one."""
-    for kind in found.values():
-        shown = kind.as_json()
+    for kind in announced:
         for name in ("input_schema", "result_schema"):
             try:
-                schemas.validator(shown[name])
+                schemas.validator(kind[name])
             except ValueError as error:
-                raise InvalidSettings(
-                    f"The {name} of {kind.name} is no JSON Schema: {getattr(error, 'message', error)}."
-                ) from error
+                raise InvalidSettings(f"The {name} of {kind['name']} is no JSON Schema: {error}.") from error
 
 
-async def _announce(store: Store, found: dict[str, kinds.Kind]) -> None:
+async def _announce(store: Store, announced: Sequence[Mapping[str, Any]]) -> None:
     """Tell the web service what can be run; waits for a database that is still starting."""
     while True:
         try:
-            await store.announce_kinds([kind.as_json() for kind in found.values()])
+            await store.announce_kinds(announced)
         except OUTAGES as error:
             log.warning("waiting for the database", error=repr(error))
             await asyncio.sleep(1)
         else:
-            log.info("kinds announced", kinds=sorted(found))
+            log.info("kinds announced", kinds=sorted(kind["name"] for kind in announced))
             return
