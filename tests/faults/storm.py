@@ -32,17 +32,9 @@ from tests.faults.chaos_stack import Options, Stack
 from tests.faults.faults import Faults
 from tests.faults.history import Recorder
 from tests.faults.live_checker import Checker, Truth
-from tests.faults.live_clients import (
-    BROKEN,
-    Follower,
-    JobsFollower,
-    JobStreamFollower,
-    RoomFollower,
-    Scene,
-    SetFollower,
-    SetStreamFollower,
-    Submitted,
-)
+from tests.faults.live_clients import BROKEN, Follower, Scene, Submitted
+from tests.faults.live_sockets import JobsFollower, RoomFollower, SetFollower
+from tests.faults.live_streams import JobStreamFollower, SetStreamFollower
 from tests.faults.proxy import Proxy
 
 KIND = "chaos.talk"
