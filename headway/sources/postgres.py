@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 5.0
 END_TIMEOUT = 5.0
+# Postgres waits so many milliseconds for a session to be gone, from version 14 on: before, an answer says that the
+# statement was ended, while it may still run for a moment.
+GONE_WITHIN = 4000
 # How long after the deadline Postgres ends a statement by itself, should this process not live to do it.
 BEYOND = 2.0
 # The snapshot is taken before the statement runs: from then on the transaction cannot be made one that writes.
@@ -157,13 +160,17 @@ class PostgresReader:
         if reading.closed:
             return
         process_id = connection.get_server_pid()
+        wait = f", {GONE_WITHIN}" if connection.get_server_version().major >= 14 else ""
         try:
             async with asyncio.timeout(END_TIMEOUT):
                 other = await asyncpg.connect(self._dsn, server_settings={"application_name": "headway"})
                 try:
-                    await other.execute("SELECT pg_terminate_backend($1)", process_id)
+                    ended = await other.fetchval(f"SELECT pg_terminate_backend($1{wait})", process_id)
                 finally:
                     other.terminate()
+            if not ended:
+                metrics.errors_caught.labels("source").inc()
+                log.warning("a session of a source had ended before, or did not within seconds", source=self._name)
         except (*GONE, asyncpg.PostgresError) as error:
             metrics.errors_caught.labels("source").inc()
             log.warning("a session of a source was not ended", source=self._name, error=repr(error))

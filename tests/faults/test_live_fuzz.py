@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import until
 from tests.engine import Engine
+from tests.faults.bare_sockets import BareSocket
 from tests.faults.conftest import Spawner, WorkerProcess
-from tests.faults.live_sockets import BareSocket
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 FIN, RESERVED = 0x80, 0x40

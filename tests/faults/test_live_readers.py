@@ -14,9 +14,9 @@ from headway.job import Claim, Ending
 from headway.states import JobState
 from tests.conftest import until
 from tests.engine import Engine
+from tests.faults.bare_sockets import BareSocket
 from tests.faults.conftest import Spawner, WorkerProcess
 from tests.faults.live_checker import Checker, Received, Truth, contents
-from tests.faults.live_sockets import BareSocket
 
 # More bytes than the kernel keeps for a reader, and more lines than may wait for one.
 LINES, LINE = 700, "é" * 1900
