@@ -224,9 +224,10 @@ class Lifecycle:
         for job, position, first in accepted:
             if first is None:
                 metrics.series(metrics.jobs_submitted, job.kind).inc()
-                self._events.submitted(job.tenant_id)
+                # A worker hears of it before those who only watch.
                 if job.state is JobState.QUEUED:
                     self._due(job.id, position, _key(job))
+                self._events.submitted(job.tenant_id)
         return [(job, first) for job, _, first in accepted]
 
     async def _insert(self, jobs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[Job, float, str | None]]:

@@ -23,6 +23,15 @@ FUNCTION = "run"
 EXPIRES_MS = 86_400_000
 MOST_WAITING = 100_000
 
+# Queue ids, each with arq's call of it. One script: a command for each would cost the sender four times as much.
+# ARGV: prefix of the calls' keys, a call up to its id, and after it, ms that it is kept, then id, position, id, …
+WAKE = """
+for place = 5, #ARGV, 2 do
+    redis.call('SET', ARGV[1] .. ARGV[place], ARGV[2] .. ARGV[place] .. ARGV[3], 'PX', ARGV[4])
+    redis.call('ZADD', KEYS[1], ARGV[place + 1], ARGV[place])
+end
+"""
+
 # Pop ids and forget the calls of these, and of those that were popped before.
 # ARGV: how many, prefix of the calls' keys, ids popped before
 TAKE = """
@@ -58,6 +67,7 @@ class Queue:
 
     def __init__(self, redis: Redis) -> None:
         self.redis = redis
+        self._wake = redis.register_script(WAKE)
         self._take = redis.register_script(TAKE)
         self._popped: list[bytes] = []
         self._waiting: list[tuple[UUID, float]] = []
@@ -109,10 +119,8 @@ class Queue:
                 log.warning("wake-ups were not sent; a scan finds the jobs", jobs=failed, error=repr(error))
 
     async def _add(self, due: Sequence[tuple[UUID, float]]) -> None:
-        now = time.time_ns() // 1_000_000
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for job_id, _ in due:
-                call = serialize({"t": None, "f": FUNCTION, "a": [str(job_id)], "k": {}, "et": now})
-                pipe.set(f"{job_key_prefix}{job_id}", call, px=EXPIRES_MS)
-            pipe.zadd(NAME, {str(job_id): position for job_id, position in due})
-            await pipe.execute()
+        call: dict[str, Any] = {"t": None, "f": FUNCTION, "a": ["|"], "k": {}, "et": time.time_ns() // 1_000_000}
+        args: list[Any] = [job_key_prefix, *serialize(call).split(b"|"), EXPIRES_MS]
+        for job_id, position in due:
+            args += (str(job_id), position)
+        await self._wake(keys=[NAME], args=args)
