@@ -199,7 +199,9 @@ async def service(settings: Settings, redis: Redis, tenant: Tenant) -> AsyncIter
         await stack.enter_async_context(worker(settings))
         url = await stack.enter_async_context(web(settings))
         http = await stack.enter_async_context(
-            httpx.AsyncClient(base_url=url, headers={"Authorization": f"Bearer {tenant.api_key}"}, trust_env=False)
+            httpx.AsyncClient(
+                base_url=url, headers={"Authorization": f"Bearer {tenant.api_key}"}, trust_env=False, verify=False
+            )
         )
         client = await stack.enter_async_context(Client(url, tenant.api_key))
         yield Service(url, tenant.api_key, tenant, settings, http, client)

@@ -6,11 +6,13 @@ opened by the first request.
 
 import asyncio
 import os
+from functools import cache
 from typing import Any
 
 import django
 import structlog
 from django.core.asgi import get_asgi_application
+from django.core.handlers.asgi import ASGIHandler
 
 from headway import logs
 from headway.settings import Settings
@@ -34,7 +36,7 @@ class Application:
         self.app: App | None = None
         self._opening = asyncio.Lock()
         self._api = ApiHandler()
-        self._pages = get_asgi_application()
+        self._pages = _pages()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -68,6 +70,12 @@ class Application:
         await receive()
         await self.close()
         await send({"type": "lifespan.shutdown.complete"})
+
+
+@cache
+def _pages() -> ASGIHandler:
+    """Django's handler, one for a process: to find its static files takes 50 ms."""
+    return get_asgi_application()
 
 
 def __getattr__(name: str) -> Application:

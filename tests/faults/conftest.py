@@ -96,7 +96,9 @@ class Spawner:
 
         await until(answers, 30)
         headers = {"Authorization": f"Bearer {self._engine.tenant.api_key}"}
-        client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}/api/v1", headers=headers, trust_env=False)
+        client = httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}/api/v1", headers=headers, trust_env=False, verify=False
+        )
         self._clients.append(client)
         return web, client
 
@@ -128,7 +130,9 @@ class Spawner:
                 stderr=output,
                 preexec_fn=end_with_parent,
             )
-        worker = WorkerProcess(process, log, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False))
+        worker = WorkerProcess(
+            process, log, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, verify=False)
+        )
         self._started.append(worker)
         return worker
 

@@ -25,11 +25,11 @@ async def test_whoever_was_there_through_a_killed_process_leaves_and_nothing_sai
     doomed, theirs = await spawn.web()
     headers = {"Authorization": f"Bearer {engine.tenant.api_key}"}
     elsewhere = httpx.AsyncClient(
-        base_url=str(theirs.base_url).removesuffix("/api/v1/"), headers=headers, trust_env=False
+        base_url=str(theirs.base_url).removesuffix("/api/v1/"), headers=headers, trust_env=False, verify=False
     )
     async with (
         web(engine.settings) as url,
-        httpx.AsyncClient(base_url=url, headers=headers, trust_env=False) as http,
+        httpx.AsyncClient(base_url=url, headers=headers, trust_env=False, verify=False) as http,
         elsewhere,
         visitor(http, "ada") as ada,
     ):

@@ -132,7 +132,7 @@ async def test_sockets_and_streams_end_within_five_seconds_of_their_key(
 async def test_a_ticket_opens_a_stream_and_nothing_else(http: httpx.AsyncClient, tenant: Tenant) -> None:
     job_id, other = (await submit(http))["id"], (await submit(http))["id"]
     path, accept = f"/api/v1/jobs/{job_id}/events", {"Accept": "text/event-stream"}
-    bare = httpx.AsyncClient(base_url=http.base_url, trust_env=False)
+    bare = httpx.AsyncClient(base_url=http.base_url, trust_env=False, verify=False)
     async with bare:
 
         async def first(query: str, path: str = path, **headers: str) -> tuple[int, str, httpx.Headers]:
@@ -182,7 +182,7 @@ async def shown(http: httpx.AsyncClient, tenant: Tenant) -> list[str]:
             await one.ended()
         async with client(http, f"/ws/v1?ticket={one_ticket}&key={tenant.api_key}", key="") as one:
             await one.ended()
-    async with httpx.AsyncClient(base_url=http.base_url, trust_env=False) as bare:
+    async with httpx.AsyncClient(base_url=http.base_url, trust_env=False, verify=False) as bare:
         url = f"/api/v1/jobs/{job_id}/events?ticket={tickets[1]}"
         async with bare.stream("GET", url, headers={"Accept": "text/event-stream"}) as answer:
             assert answer.status_code == 200
@@ -216,7 +216,7 @@ async def test_no_log_line_has_a_key_or_a_ticket(
             HEADWAY_OPS_PORT="0",
             HEADWAY_LOG_LEVEL="DEBUG",
         ),
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False) as http,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, verify=False) as http,
     ):
         secrets = await shown(http, tenant)
     log = (settings.home / "log").read_text()

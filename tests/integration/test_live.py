@@ -256,7 +256,7 @@ async def process(settings: Settings, *command: str, port: int, **environment: s
     async def answers() -> bool:
         assert running.returncode is None, f"{command[0]} has ended"
         try:
-            async with httpx.AsyncClient(trust_env=False) as http:
+            async with httpx.AsyncClient(trust_env=False, verify=False) as http:
                 return (await http.get(f"http://127.0.0.1:{port}/api/v1/jobs")).status_code == 401
         except httpx.TransportError:
             return False
@@ -333,7 +333,7 @@ async def test_daphne_serves_the_same(settings: Settings, redis: Redis, tenant: 
     async with (
         worker(settings),
         process(settings, *daphne, port=port),
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False) as http,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, verify=False) as http,
     ):
         job = await submit(http, seconds=0.5)
         frames, code, _ = await closing(http, job["id"])

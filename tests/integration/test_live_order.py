@@ -281,7 +281,7 @@ async def test_a_web_process_that_stops_tells_all_and_waits_for_no_stalled_peer(
     environment |= {"HEADWAY_DRAIN": "20"}
     async with (
         process(settings, "services.web", port=port, **environment) as running,
-        httpx.AsyncClient(trust_env=False) as http,
+        httpx.AsyncClient(trust_env=False, verify=False) as http,
     ):
         peers = []
         for _ in range(healthy):

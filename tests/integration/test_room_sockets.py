@@ -170,7 +170,7 @@ async def test_processes_see_each_others_visitors_and_wiped_entries_come_back(
     monkeypatch.setattr(rooms, "RENEW_EVERY", 1)
     async with (
         web(settings) as url,
-        httpx.AsyncClient(base_url=url, headers=http.headers, trust_env=False) as elsewhere,
+        httpx.AsyncClient(base_url=url, headers=http.headers, trust_env=False, verify=False) as elsewhere,
         visitor(http, "ada") as ada,
         visitor(elsewhere, "bob") as bob,
     ):
@@ -192,7 +192,7 @@ async def test_processes_see_each_others_visitors_and_wiped_entries_come_back(
 async def test_many_who_come_and_go_at_once_are_told_in_one(http: httpx.AsyncClient, settings: Settings) -> None:
     async with (
         web(settings) as url,
-        httpx.AsyncClient(base_url=url, headers=http.headers, trust_env=False) as elsewhere,
+        httpx.AsyncClient(base_url=url, headers=http.headers, trust_env=False, verify=False) as elsewhere,
         visitor(http, "ada") as ada,
     ):
         async with AsyncExitStack() as stack:
@@ -210,7 +210,7 @@ async def test_many_who_come_and_go_at_once_are_told_in_one(http: httpx.AsyncCli
 async def test_a_process_that_is_stopped_sees_its_visitors_off(http: httpx.AsyncClient, settings: Settings) -> None:
     async with visitor(http, "ada") as ada, AsyncExitStack() as stack:
         async with web(settings) as url:
-            elsewhere = httpx.AsyncClient(base_url=url, headers=http.headers, trust_env=False)
+            elsewhere = httpx.AsyncClient(base_url=url, headers=http.headers, trust_env=False, verify=False)
             await stack.enter_async_context(elsewhere)
             bob = await stack.enter_async_context(visitor(elsewhere, "bob"))
             await ada.wait(lambda frame: frame.get("joined") == "bob")
@@ -237,7 +237,7 @@ async def test_no_message_is_lost_or_doubled_while_redis_is_wiped_and_its_subscr
 
     async with (
         web(settings) as url,
-        httpx.AsyncClient(base_url=url, headers=http.headers, trust_env=False) as elsewhere,
+        httpx.AsyncClient(base_url=url, headers=http.headers, trust_env=False, verify=False) as elsewhere,
         visitor(http, "ada") as ada,
         visitor(elsewhere, "bob") as bob,
     ):

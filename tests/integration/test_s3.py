@@ -75,7 +75,7 @@ async def http(
     async with (
         worker(settings),
         web(settings) as url,
-        httpx.AsyncClient(base_url=url, headers=headers, trust_env=False) as http,
+        httpx.AsyncClient(base_url=url, headers=headers, trust_env=False, verify=False) as http,
     ):
         yield http
 

@@ -100,7 +100,9 @@ async def test_a_wait_that_is_no_time_is_refused(settings: Settings, tenant: Ten
 async def test_nothing_is_held_for_a_client_that_has_left(settings: Settings, redis: Redis, tenant: Tenant) -> None:
     async with idle(settings, tenant) as http:
         path = f"/api/v1/jobs/{(await submit(http))['id']}"
-        async with httpx.AsyncClient(base_url=http.base_url, headers=http.headers, trust_env=False) as leaving:
+        async with httpx.AsyncClient(
+            base_url=http.base_url, headers=http.headers, trust_env=False, verify=False
+        ) as leaving:
             waiting = asyncio.create_task(leaving.get(path, params={"wait": 50}))
             await waits(1)
             waiting.cancel()
@@ -116,7 +118,9 @@ async def test_a_process_that_is_told_to_stop_answers_those_who_wait(
     port = free_port()
     async with (
         process(settings, "services.web", port=port, HEADWAY_PORT=str(port), HEADWAY_OPS_PORT="0") as running,
-        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=http.headers, trust_env=False) as http,
+        httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}", headers=http.headers, trust_env=False, verify=False
+        ) as http,
     ):
         waiting = asyncio.create_task(http.get(path, params={"wait": 50}, timeout=60))
 
