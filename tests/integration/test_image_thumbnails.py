@@ -505,6 +505,19 @@ async def test_makers_that_cannot_start_are_no_fault_of_the_images() -> None:
                 pass
 
 
+async def test_a_maker_has_ended_when_the_pool_is_left_though_its_end_was_broken_off() -> None:
+    async with Pool(BOXES, 1) as pool:
+        assert len([head async for head, _ in pool.make(pictures_of(PHOTO, 1))]) == 1
+        [maker] = pool._makers
+        process = maker._process
+        ending = asyncio.create_task(maker.end())
+        await asyncio.sleep(0)
+        ending.cancel()
+        await asyncio.wait({ending})
+    assert process is not None
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_there_are_as_many_makers_as_a_container_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_pool, "CONTAINER", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))

@@ -142,10 +142,12 @@ class _Maker:
 
     async def end(self) -> int | None:
         """Kill the process, if there is one that lives; how it has ended."""
-        process, self._process = self._process, None
-        if process is None:
+        if self._process is None:
             return None
         self._writer.close()
         with suppress(ProcessLookupError):
-            process.kill()
-        return await process.wait()
+            self._process.kill()
+        # Whoever is cancelled here leaves it to the next call to see that it has gone.
+        code = await self._process.wait()
+        self._process = None
+        return code
