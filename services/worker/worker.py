@@ -100,13 +100,21 @@ class HeadwayWorker(Worker):
         return min(self.max_jobs - self._performing, 2 * self.max_jobs - len(self.tasks))
 
     async def main(self) -> None:
-        """Listen and scan until drained, and run what is to run `beside`."""
+        """Listen and scan until drained, and run what is to run `beside`.
+
+        If one of these fails the others end, and an ExceptionGroup of what failed is raised.
+        """
         if not self.allow_pick_jobs:
             # Told to stop before it began.
             return
-        async with asyncio.TaskGroup() as loops:
-            for run in (*[self._listen] * LISTENERS, self._find, self._look_after, self._promote, *self._beside):
-                self._loops.append(loops.create_task(run()))
+        runs = (*[self._listen] * LISTENERS, self._find, self._look_after, self._promote, *self._beside)
+        self._loops = [asyncio.create_task(run()) for run in runs]
+        try:
+            await asyncio.wait(self._loops, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            await self._end_loops()
+        if failed := [error for loop in self._loops if not loop.cancelled() and (error := loop.exception())]:
+            raise BaseExceptionGroup("loops of the worker failed", failed)
 
     async def start_jobs(self, job_ids: Sequence[bytes]) -> None:
         """Claim those jobs that are still queued and run them; more than there are slots go back to the queue."""
@@ -125,6 +133,9 @@ class HeadwayWorker(Worker):
         if self.tasks:
             log.error("jobs could not be given back in time; they will be rescued", jobs=len(self.tasks))
             self._runner.abandon()
+        await self._end_loops()
+
+    async def _end_loops(self) -> None:
         while running := [loop for loop in self._loops if not loop.done()]:
             for loop in running:
                 loop.cancel()

@@ -434,3 +434,30 @@ async def test_an_ending_whose_answer_is_lost_is_written_once(engine: Engine) ->
     job = await engine.job(job_id)
     assert (job.state, job.result, job.seq) == (JobState.SUCCEEDED, 1, 3)
     assert counted(metrics.lease_lost) == lost
+
+
+async def test_a_loop_that_fails_ends_the_worker_though_another_loses_its_cancel(engine: Engine) -> None:
+    """As libraries do that are told to stop in the moment in which they have what they waited for."""
+    cancels = 0
+
+    async def fails() -> None:
+        raise ConnectionError("what it needs has gone")
+
+    async def loses_one() -> None:
+        nonlocal cancels
+        while cancels < 2:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                cancels += 1
+
+    app = await App.open(engine.settings)
+    app.worker._beside = [loses_one, fails]
+    try:
+        async with asyncio.timeout(20):
+            with pytest.raises(ExceptionGroup) as raised:
+                await app.worker.async_run()
+        assert "what it needs has gone" in repr(raised.value.exceptions)
+        assert cancels == 2
+    finally:
+        await app.close()
