@@ -198,6 +198,7 @@ async def service(settings: Settings, redis: Redis, tenant: Tenant) -> AsyncIter
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(worker(settings))
         url = await stack.enter_async_context(web(settings))
+        # Reading the certificates takes 40 ms, and no client of the tests needs them.
         http = await stack.enter_async_context(
             httpx.AsyncClient(
                 base_url=url, headers={"Authorization": f"Bearer {tenant.api_key}"}, trust_env=False, verify=False
