@@ -139,8 +139,15 @@ class Follower:
             self._moments.pop(0)
             self.counts[f"forced: {how}"] += 1
 
-    def _open(self, name: str, fits: Callable[["Submitted"], bool], since: float) -> str:
-        """Jobs of a set whose end is still to come: those it was told of, and those submitted since a moment."""
+    def _lacks_of_set(self, name: str, fits: Callable[[Submitted], bool], since: float | None) -> str:
+        """What is still to come of a set: the ends of jobs it was told of, and of those submitted since a moment.
+
+        `since` is when the client first had a cursor, None if it has none.
+        """
+        if not self.scene.complete:
+            return "jobs that are to come"
+        if since is None:
+            return "a cursor"
         told = {job for subscription, job in self.received.slices if subscription == name}
         told |= {one.job for one in self.scene.jobs[self.received.tenant] if fits(one) and one.sent > since}
         return " ".join(job for job in told if (name, job) not in self.received.ended)

@@ -167,11 +167,7 @@ class SetFollower(SocketFollower):
 
     @property
     def lacks(self) -> str:
-        if not self.scene.complete:
-            return "jobs that are to come"
-        if self._since is None:
-            return "a cursor"
-        return self._open(SET, self._fits, self._since)
+        return self._lacks_of_set(SET, self._fits, self._since)
 
     def begin(self) -> None:
         self._note_cursor()

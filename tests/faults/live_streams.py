@@ -125,11 +125,7 @@ class SetStreamFollower(StreamFollower):
 
     @property
     def lacks(self) -> str:
-        if not self.scene.complete:
-            return "jobs that are to come"
-        if self._since is None:
-            return "a cursor"
-        return self._open(STREAM, self._fits, self._since)
+        return self._lacks_of_set(STREAM, self._fits, self._since)
 
     async def connection(self) -> None:
         if self._last is None:
