@@ -119,6 +119,7 @@ class Queue:
                 log.warning("wake-ups were not sent; a scan finds the jobs", jobs=failed, error=repr(error))
 
     async def _add(self, due: Sequence[tuple[UUID, float]]) -> None:
+        # One call serves all: the script puts each id in the place of the bar.
         call: dict[str, Any] = {"t": None, "f": FUNCTION, "a": ["|"], "k": {}, "et": time.time_ns() // 1_000_000}
         args: list[Any] = [job_key_prefix, *serialize(call).split(b"|"), EXPIRES_MS]
         for job_id, position in due:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 5.0
 END_TIMEOUT = 5.0
-# Postgres waits so many milliseconds for a session to be gone, from version 14 on: before, an answer says that the
-# statement was ended, while it may still run for a moment.
+# Milliseconds that Postgres waits until a session that it ends is gone, so that what an answer says of it is true.
+# Before version 14 it cannot wait, and the statement may run on for a moment.
 GONE_WITHIN = 4000
 # How long after the deadline Postgres ends a statement by itself, should this process not live to do it.
 BEYOND = 2.0
