@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -20,6 +19,7 @@ from redis.asyncio import Redis
 from headway.client import Client
 from headway.settings import Settings
 from tests.conftest import Tenant, until, web, worker
+from tests.ports import free_ports
 
 HERE = Path(__file__).parent
 BROWSERS = {"chromium": ("chrome", "chromium"), "firefox": ("firefox", "firefox-esr")}
@@ -166,7 +166,7 @@ http {{
 @asynccontextmanager
 async def nginx(url: str, folder: Path) -> AsyncIterator[str]:
     """nginx before a service; its URL. It is set up as docs/live.md says."""
-    port = free_port()
+    port = free_ports()
     config = folder / "nginx.conf"
     user = "user root;" if os.geteuid() == 0 else ""
     config.write_text(NGINX.format(folder=folder, port=port, url=url, user=user))
@@ -187,11 +187,6 @@ async def nginx(url: str, folder: Path) -> AsyncIterator[str]:
     finally:
         running.terminate()
         await running.wait()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def nginx_program() -> str:

@@ -9,8 +9,9 @@ from aiohttp import web as http
 
 from headway.client import Client
 from headway.settings import Settings
-from tests.browser.conftest import Browser, Page, free_port
+from tests.browser.conftest import Browser, Page
 from tests.conftest import Tenant, web, worker
+from tests.ports import free_ports
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "live.py"
 
@@ -18,7 +19,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "live.py"
 @asynccontextmanager
 async def example(settings: Settings, tenant: Tenant) -> AsyncIterator[tuple[Client, str]]:
     """A service, a worker, and the example's own server: a client, and the page's URL."""
-    port = free_port()
+    port = free_ports()
     origin = f"http://127.0.0.1:{port}"
     async with AsyncExitStack() as stack:
         url = await stack.enter_async_context(web(settings.model_copy(update={"origins": (origin,)})))

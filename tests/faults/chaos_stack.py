@@ -4,7 +4,6 @@ import asyncio
 import os
 import secrets
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from headway.embedded import Embedded, end_with_parent
 from tests.conftest import PEPPER, make_tenant
 from tests.faults.history import Recorder
 from tests.faults.proxy import Proxy
+from tests.ports import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_WITHIN = 60.0
@@ -208,14 +208,14 @@ class Stack:
                 self.recorder.write("exit", process="at the end a process", how=how)
 
     def _add(self, kind: str, name: str, proxy: Proxy, common: Mapping[str, str]) -> None:
-        port, ops_port = _free_ports(2)
+        port = free_ports(2)
         url = urlsplit(self.database_url)
         through = url._replace(netloc=f"{url.username}:{url.password}@127.0.0.1:{proxy.port}")
         environment = {
             **common,
             "HEADWAY_DATABASE_URL": urlunsplit(through),
             "HEADWAY_PORT": str(port),
-            "HEADWAY_OPS_PORT": str(ops_port),
+            "HEADWAY_OPS_PORT": str(port + 1),
         }
         if kind == "web":
             self.webs.append(Member(name, ["-m", "services.web"], environment, proxy, self.home))
@@ -267,11 +267,3 @@ async def _answers(url: str) -> bool:
     except OSError:
         return False
     return b" 200 " in line
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

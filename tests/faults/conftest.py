@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from headway.settings import Settings
 from tests.conftest import until
 from tests.engine import Engine
 from tests.engine import engine as make_engine
+from tests.ports import free_ports
 
 KINDS = "tests.faults.process_kinds"
 
@@ -85,7 +85,7 @@ class Spawner:
 
     async def web(self, *, clock: float | None = None) -> tuple[WorkerProcess, httpx.AsyncClient]:
         """A web service that answers, and a client of it that has a key."""
-        port = _free_port()
+        port = free_ports()
         web = await self._start(["services.web"], clock, self._engine.settings, {"HEADWAY_PORT": str(port)})
 
         async def answers() -> bool:
@@ -108,7 +108,7 @@ class Spawner:
         if clock is not None:
             program = ["tests.faults.shifted_clock", str(clock), *program]
         log = self._folder / f"process-{next(self._numbers)}.log"
-        port = _free_port()
+        port = free_ports()
         with log.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -148,11 +148,6 @@ class Spawner:
             if worker.process.returncode is None:
                 worker.process.kill()
             await worker.process.wait()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

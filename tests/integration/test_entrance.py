@@ -18,7 +18,8 @@ from tests.integration.room_clients import Client, client, ticket
 from tests.integration.test_api_bad_input import refused
 from tests.integration.test_api_jobs import idle, submit
 from tests.integration.test_auth import add_key
-from tests.integration.test_live import free_port, process
+from tests.integration.test_live import process
+from tests.ports import free_ports
 
 APP = "https://app.example"
 PATHS = ("/ws/v1", "/ws/rooms/lobby")
@@ -203,7 +204,7 @@ async def shown(http: httpx.AsyncClient, tenant: Tenant) -> list[str]:
 async def test_no_log_line_has_a_key_or_a_ticket(
     settings: Settings, redis: Redis, tenant: Tenant, command: tuple[str, ...]
 ) -> None:
-    port = free_port()
+    port = free_ports()
     async with idle(settings, tenant) as ours:
         headers = dict(ours.headers)
     running = [str(port) if part == "PORT" else part for part in command]

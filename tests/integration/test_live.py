@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import socket as net
 import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
@@ -23,6 +22,7 @@ from websockets.exceptions import ConnectionClosed
 from headway.settings import Settings
 from tests.conftest import Service, Tenant, make_tenant, until, worker
 from tests.integration.test_api_jobs import ended, idle, submit
+from tests.ports import free_ports
 
 Frame = dict[str, Any]
 
@@ -270,17 +270,12 @@ async def process(settings: Settings, *command: str, port: int, **environment: s
             await running.wait()
 
 
-def free_port() -> int:
-    with net.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
 async def test_a_web_process_that_is_told_to_stop_says_so_and_exits_with_0(
     settings: Settings, redis: Redis, tenant: Tenant
 ) -> None:
     async with idle(settings, tenant) as http:
         job_id = (await submit(http))["id"]
-    port = free_port()
+    port = free_ports()
     async with (
         process(settings, "services.web", port=port, HEADWAY_PORT=str(port), HEADWAY_OPS_PORT="0") as running,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=http.headers) as http,
@@ -300,7 +295,7 @@ async def test_a_web_process_that_is_told_to_stop_says_so_and_exits_with_0(
 async def test_a_request_under_way_is_answered_when_the_process_is_told_to_stop(
     settings: Settings, tenant: Tenant, rest: bytes, status: bytes
 ) -> None:
-    port = free_port()
+    port = free_ports()
     given = {"HEADWAY_PORT": str(port), "HEADWAY_OPS_PORT": "0", "HEADWAY_DRAIN": "2"}
 
     async def refused() -> bool:
@@ -329,7 +324,7 @@ async def test_a_request_under_way_is_answered_when_the_process_is_told_to_stop(
 
 
 async def test_daphne_serves_the_same(settings: Settings, redis: Redis, tenant: Tenant) -> None:
-    port, headers = free_port(), {"Authorization": f"Bearer {tenant.api_key}"}
+    port, headers = free_ports(), {"Authorization": f"Bearer {tenant.api_key}"}
     daphne = ("daphne", "-b", "127.0.0.1", "-p", str(port), "services.web.asgi:application")
     async with (
         worker(settings),

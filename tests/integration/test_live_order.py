@@ -25,7 +25,8 @@ from tests.conftest import Tenant, until, worker
 from tests.faults.proxy import Proxy
 from tests.integration.live_clients import Frame, Socket, live, stream
 from tests.integration.test_api_jobs import idle, submit
-from tests.integration.test_live import free_port, process
+from tests.integration.test_live import process
+from tests.ports import free_ports
 
 # What `/ws/v1` says last: a text frame, and a close frame with code 1012.
 BYE = b'{"t":"bye","d":{"reason":"restart"}}'
@@ -276,7 +277,7 @@ async def test_a_web_process_that_stops_tells_all_and_waits_for_no_stalled_peer(
     async with idle(settings, tenant) as http:
         jobs = [(await submit(http))["id"] for _ in range(12)]
         await database.execute("UPDATE jobs SET input = to_jsonb(repeat('x', 900000))")
-    port, ops = free_port(), free_port()
+    port, ops = free_ports(), free_ports()
     environment = {"HEADWAY_PORT": str(port), "HEADWAY_OPS_PORT": str(ops), "HEADWAY_CONNECTIONS": "2000"}
     environment |= {"HEADWAY_DRAIN": "20"}
     async with (

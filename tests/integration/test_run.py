@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from headway.embedded import Embedded
+from tests.ports import free_ports
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="processes are read from /proc"),
@@ -50,16 +51,6 @@ def processes(home: Path, command: str = "") -> list[int]:
     return found
 
 
-def free_ports() -> int:
-    """The first of three free ports in a row."""
-    while True:
-        with contextlib.suppress(OSError), contextlib.ExitStack() as held:
-            first = held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
-            for port in (first + 1, first + 2):
-                held.enter_context(socket.create_server(("127.0.0.1", port)))
-            return int(first)
-
-
 def environment(home: Path, port: int | str, **more: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HEADWAY_", "DJANGO_"))}
     return clean | {"HEADWAY_HOME": str(home), "HEADWAY_PORT": str(port)} | more
@@ -75,7 +66,7 @@ class Run:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "services.run"],
                 cwd=ROOT,
-                env=environment(home, free_ports(), **more),
+                env=environment(home, free_ports(3), **more),
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
@@ -213,7 +204,7 @@ def refused(home: Path, port: int | str, **more: str) -> str:
 
 @pytest.mark.parametrize("offset", [0, 1, 2])
 def test_a_port_in_use_is_a_sentence_before_anything_starts(home: Path, offset: int) -> None:
-    first = free_ports()
+    first = free_ports(3)
     with socket.create_server(("127.0.0.1", first + offset)):
         said = refused(home, first)
     assert f"Port {first + offset} is in use" in said
@@ -228,12 +219,12 @@ def test_a_wrong_setting_is_a_sentence(home: Path) -> None:
 def test_data_of_another_postgres_is_a_sentence(home: Path) -> None:
     (home / "postgres").mkdir(parents=True)
     (home / "postgres" / "PG_VERSION").write_text("15\n")
-    assert "was written by PostgreSQL 15" in refused(home, free_ports())
+    assert "was written by PostgreSQL 15" in refused(home, free_ports(3))
     assert processes(home) == []
 
 
 def test_a_given_postgres_that_does_not_answer_is_a_sentence(home: Path) -> None:
-    said = refused(home, free_ports(), HEADWAY_DATABASE_URL="postgresql://headway@127.0.0.1:1/headway")
+    said = refused(home, free_ports(3), HEADWAY_DATABASE_URL="postgresql://headway@127.0.0.1:1/headway")
     assert "The database of HEADWAY_DATABASE_URL cannot be used: " in said
     assert "Connection refused" in said
 
@@ -252,10 +243,10 @@ def test_credentials_that_are_gone_are_not_pointed_at_and_damaged_ones_are_a_sen
     assert run.stop(signal.SIGTERM) == 0
 
     (home / "credentials.json").write_text("{")
-    assert "credentials.json is damaged." in refused(home, free_ports())
+    assert "credentials.json is damaged." in refused(home, free_ports(3))
     assert processes(home) == []
 
 
 def test_a_home_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert "HEADWAY_HOME" in refused(tmp_path / "file" / "home", free_ports())
+    assert "HEADWAY_HOME" in refused(tmp_path / "file" / "home", free_ports(3))

@@ -14,7 +14,8 @@ from headway.settings import Settings
 from services.web.live import waits as live_waits
 from tests.conftest import Service, Tenant, make_tenant, until
 from tests.integration.test_api_jobs import idle, submit
-from tests.integration.test_live import free_port, process
+from tests.integration.test_live import process
+from tests.ports import free_ports
 
 COUNTDOWN: dict[str, Any] = {"kind": "demo.countdown", "input": {"seconds": 0.3}}
 
@@ -115,7 +116,7 @@ async def test_a_process_that_is_told_to_stop_answers_those_who_wait(
 ) -> None:
     async with idle(settings, tenant) as http:
         path = f"/api/v1/jobs/{(await submit(http))['id']}"
-    port = free_port()
+    port = free_ports()
     async with (
         process(settings, "services.web", port=port, HEADWAY_PORT=str(port), HEADWAY_OPS_PORT="0") as running,
         httpx.AsyncClient(

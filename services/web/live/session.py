@@ -157,7 +157,8 @@ class Session:
         return self.parts[name]
 
     def heartbeat(self) -> None:
-        """Tell how far everything is, so that a client knows that it has all."""
+        """Tell how far everything is, so that a client knows that it has all; and be due again 15 s later."""
+        self.beats = asyncio.get_running_loop().time() + HEARTBEAT
         if not self.hello:
             return
         d: dict[str, Any] = {}

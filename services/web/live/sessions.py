@@ -13,7 +13,6 @@ from services.web.live.hub import Hub
 from services.web.live.session import (
     BAD_MESSAGE,
     FIRST_SUBSCRIBE_WITHIN,
-    HEARTBEAT,
     RESTART,
     TOO_OLD,
     Session,
@@ -136,7 +135,6 @@ class Sessions:
         if due:
             await self._check(due)
             for session in due:
-                session.beats = now + HEARTBEAT
                 session.heartbeat()
 
     async def _check(self, sessions: Collection[Session]) -> None:
