@@ -135,7 +135,7 @@ class MethodNotAllowed(Problem):
 
 
 class TooSlow(Problem):
-    """No more of the body came for a while. An upload that can be resumed keeps what arrived."""
+    """No more of the body came for a while, or JSON took too long. An upload that can be resumed keeps what arrived."""
 
     status, slug, title = 408, "too-slow", "The body did not arrive in time"
 

@@ -120,6 +120,18 @@ async def test_nobody_waits_for_a_body_that_stalls(monkeypatch: pytest.MonkeyPat
             await anext(Body(never, 100).chunks())
 
 
+async def test_nobody_waits_without_end_for_a_body_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "LONGEST", 0.05)
+
+    async def drip() -> dict[str, Any]:
+        await asyncio.sleep(0)
+        return {"type": "http.request", "body": b"", "more_body": True}
+
+    async with asyncio.timeout(5):
+        with pytest.raises(TooSlow, match="longer than"):
+            await Body(drip, None).whole(100)
+
+
 async def test_what_is_discarded_is_read_to_its_end_or_for_a_while() -> None:
     for body in (arriving(b"ab", b"cd"), arriving(b"ab", whole=False)):
         await body.discard(5)

@@ -13,6 +13,8 @@ from headway.files import CutOff
 DEEPEST = 64
 # Seconds without a byte of a body, after which nobody waits for more.
 STALLED = 60.0
+# Seconds that a body which is held in memory may take: one that drips is not waited for without end.
+LONGEST = 300.0
 TOO_DEEP = f"The body is nested past {DEEPEST} levels."
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
@@ -62,10 +64,14 @@ class Body:
             pass
 
     async def whole(self, limit: int) -> bytes:
-        """All of it in memory. Raises TooLarge past `limit` bytes, else as `chunks`."""
+        """All of it in memory. Raises TooLarge past `limit` bytes, TooSlow past five minutes, else as `chunks`."""
         held = bytearray()
-        while not self.read and (self.length or 0) <= limit and len(held) <= limit:
-            held += await self._next()
+        try:
+            async with asyncio.timeout(LONGEST):
+                while not self.read and (self.length or 0) <= limit and len(held) <= limit:
+                    held += await self._next()
+        except TimeoutError:
+            raise TooSlow(f"The body took longer than {LONGEST:.0f} seconds; send it again, faster.") from None
         if (self.length or 0) > limit or len(held) > limit:
             raise TooLarge(
                 f"The body is over the limit of {limit:,} bytes; send large data through POST /api/v1/files."
