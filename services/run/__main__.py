@@ -52,7 +52,7 @@ class Supervisor:
         self._setup.make_folders()
         click.echo("Starting PostgreSQL, Redis, the worker and the web service ...")
         self._environment = self._setup.environment(self._start_servers())
-        self._manage("migrate")
+        self._manage("migrate", "--skip-checks")
         web, worker = self._children = [self._child("web", "web service"), self._child("worker", "worker")]
         worker.start()
         self._manage(

@@ -1,4 +1,4 @@
-"""System checks: what would take the API off the event loop is refused at start."""
+"""System checks, run by `make check` and when a deployment migrates: what leaves the event loop is refused."""
 
 from typing import Any
 

@@ -199,7 +199,7 @@ def _servers() -> Embedded:
     others = {name: value for name, value in os.environ.items() if not name.startswith("HEADWAY_")}
     ours = {"HEADWAY_HOME": home, "DJANGO_SETTINGS_MODULE": "services.web.settings"}
     subprocess.run(
-        [sys.executable, "-m", "services.web.manage", "migrate", "--verbosity=0"],
+        [sys.executable, "-m", "services.web.manage", "migrate", "--skip-checks", "--verbosity=0"],
         env=others | ours | _environment(servers, TEMPLATE),
         check=True,
     )

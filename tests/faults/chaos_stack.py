@@ -138,7 +138,7 @@ class Stack:
             await self.start_servers()
             await self._in_thread(self.servers.create_database, "headway")
             common = self._environment()
-            await _run([sys.executable, "-m", "services.web.manage", "migrate"], common)
+            await _run([sys.executable, "-m", "services.web.manage", "migrate", "--skip-checks"], common)
             connection = await asyncpg.connect(self.database_url)
             self.api_key = (await make_tenant(connection, "chaos")).api_key
             await connection.close()
