@@ -54,3 +54,6 @@ def zipped(members: Mapping[str, bytes], method: int = zipfile.ZIP_STORED) -> by
         for name, data in members.items():
             archive.writestr(zipfile.ZipInfo(name), data, method)
     return out.getvalue()
+
+
+PHOTO = encoded(quarters(), "JPEG")
