@@ -225,7 +225,10 @@ class Internal(Problem):
 
 
 class Unavailable(Problem):
-    """Postgres cannot be reached or is overloaded. Whether the request was done is not known; ask again later."""
+    """Postgres, or for tickets and presence Redis, cannot be reached or is overloaded, or the process is about to stop.
+
+    Whether the request was done is not known; ask again later.
+    """
 
     status, slug, title = 503, "unavailable", "Not available right now"
 

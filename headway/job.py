@@ -1,4 +1,4 @@
-"""Job, Progress, Event, File, Upload, Artifact: frozen records and their JSON shape."""
+"""Job, Claim, Ending, Child, Progress, Event, File, Upload, Artifact: frozen records and their JSON shape."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

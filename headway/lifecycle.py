@@ -1,4 +1,4 @@
-"""The one place that changes a job's state: submit, promote, claim, report, finish, release, rescue, cancel, retry.
+"""The one place that changes a job's state, from submit to finish, cancel and rescue.
 
 Each change is committed first and announced after, also when its caller has gone away meanwhile. A write of a running
 job names the attempt's token; if it matches no row the attempt is over, and LeaseLost says so.

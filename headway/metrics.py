@@ -27,7 +27,11 @@ oldest_ready_age = Gauge(
 )
 lease_lost = Counter("headway_lease_lost_total", "Writes refused because the attempt was no longer the job's.")
 rescued = Counter("headway_rescued_total", "Jobs taken back from workers that died.", ["outcome"])
-interrupted = Counter("headway_jobs_interrupted_total", "Jobs given back by a worker that was told to stop.", ["kind"])
+interrupted = Counter(
+    "headway_jobs_interrupted_total",
+    "Jobs given back by a worker that was told to stop, or never heard that it had them.",
+    ["kind"],
+)
 schedule_slots = Counter(
     "headway_schedule_slots_total", "Slots of schedules that were submitted, or missed and passed over.", ["outcome"]
 )

@@ -42,7 +42,10 @@ def job_of(room: str) -> UUID | None:
 def check_name(room: str) -> None:
     """Raises InvalidRequest."""
     if not NAME.fullmatch(room):
-        why = "a room has a name of 1 to 64 letters, digits, dots, dashes and underscores, or is job:<id>"
+        why = (
+            "a room has a name of 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first, "
+            "or is job:<id>"
+        )
         raise InvalidRequest(f"room: {why}.", errors=[{"field": "room", "message": why}])
 
 

@@ -66,7 +66,7 @@ class InvalidRequest(ApiError):
 
 
 class Unavailable(ApiError):
-    """The server cannot do this right now; nothing was changed."""
+    """The server cannot do this right now. Whether the request was done is not known."""
 
 
 BY_STATUS: dict[int, type[ApiError]] = {401: Unauthenticated, 404: NotFound, 422: InvalidRequest, 503: Unavailable}

@@ -43,7 +43,7 @@ class Client:
     """A connection to one Headway server, for one API key. Use it as `async with`.
 
     Jobs, files, kinds and envelopes are dicts, as the API has them. Every method may raise ConnectionFailed, or
-    ApiError with what the server said. What only reads is tried four times when there is no answer or a 503.
+    ApiError with what the server said. All but uploads is tried four times when there is no answer or a 503.
     """
 
     def __init__(self, url: str, api_key: str, *, timeout: float = 60) -> None:

@@ -15,7 +15,7 @@ from headway import errors
 from headway.errors import HeadwayError, Retry
 from services.worker.handling import Failed, message, text
 
-# How many bytes a frame carries beside its JSON, and how many a reader holds.
+# How many bytes of an artifact a frame carries, and how many a reader holds before the sender has to wait.
 PIECE = 1 << 20
 
 _SIZES = struct.Struct("!II")

@@ -3,7 +3,7 @@
     from services.worker.testing import run_kind
 
     ended = await run_kind(build, Report(month="2026-11"))
-    assert ended.result == {"month": "2026-11", "bytes": 160}
+    assert ended.result == {"month": "2026-11", "bytes": 181}
 
 The servers start at the first call, in about five seconds, and end with the process. Each call has an empty database.
 """

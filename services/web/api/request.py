@@ -54,7 +54,7 @@ class ApiRequest(ASGIRequest):
             raise BadRequest("The query string is not UTF-8; percent-encode it.")
 
     async def load(self) -> None:
-        """Read the body into memory, where django-ninja looks for it. Raises TooLarge or Disconnected."""
+        """Read the body into memory, where django-ninja looks for it. Raises TooLarge, TooSlow or Disconnected."""
         self._body = await self.incoming.whole(self.app.settings.max_body)
 
     async def unless_left(self, work: Coroutine[Any, Any, T]) -> T:

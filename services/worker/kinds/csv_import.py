@@ -1,4 +1,4 @@
-"""`csv.import`: an uploaded CSV file into a new table of a source."""
+"""`csv.import`: an uploaded CSV file into a table of a source."""
 
 import asyncio
 import codecs
@@ -36,9 +36,9 @@ class ImportInput(BaseModel):
     file: UUID = Field(description="The id of an uploaded CSV file, as it is or compressed with gzip, zstd or as ZIP.")
     table: str = Field(
         pattern=r"^[a-zA-Z_][a-zA-Z0-9_]{0,62}$",
-        description="The table to make, named exactly so: in SQL a name with capitals needs quotes.",
+        description="The table that the rows are to be in, named exactly so: in SQL a name with capitals needs quotes.",
     )
-    source: str = Field("default", description="The source to make it in: Postgres or SQLite.")
+    source: str = Field("default", description="The source that it is in: Postgres or SQLite.")
     mode: Mode = Field(
         "create",
         description="create: a new table. append: to the rows of a table. replace: in their place. upsert: rows whose "

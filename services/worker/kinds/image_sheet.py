@@ -5,7 +5,7 @@ import math
 
 from PIL import Image, ImageDraw
 
-# The most pixels on a side of the sheet, and of an image on it: many images are smaller, the sheet is never larger.
+# The most pixels on a side of the sheet, and of an image's place on it with its gap: of many images these are smaller.
 SIDE = 4000
 CELL = 240
 GAP = 0.06
