@@ -17,6 +17,7 @@ HeadwayError
 │   ├── TooLarge               413 too-large
 │   │   └── QuotaExceeded      413 quota-exceeded
 │   ├── WrongType              415 wrong-type
+│   ├── NoSuchRange            416 range-not-satisfiable
 │   ├── InvalidRequest         422 invalid-request
 │   │   ├── UnknownKind        422 unknown-kind
 │   │   ├── KeyReused          422 idempotency-key-reused
@@ -168,6 +169,12 @@ class WrongType(Problem):
     """The body is of another content type than this takes; the detail names what it takes."""
 
     status, slug, title = 415, "wrong-type", "Not this content type"
+
+
+class NoSuchRange(Problem):
+    """The range begins past the end. `Content-Range` tells the size; ask for less, or for the whole."""
+
+    status, slug, title = 416, "range-not-satisfiable", "There are no such bytes"
 
 
 class InvalidRequest(Problem):
@@ -326,6 +333,7 @@ PROBLEMS: tuple[type[Problem], ...] = (
     TooLarge,
     QuotaExceeded,
     WrongType,
+    NoSuchRange,
     InvalidRequest,
     UnknownKind,
     KeyReused,

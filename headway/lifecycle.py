@@ -66,9 +66,21 @@ class Lifecycle:
         """
         record = new.as_record()
         job, first = await self._submit(record)
-        if first is not None and first != record["digest"]:
-            raise KeyReused("This Idempotency-Key came with another request before; use a new key for a new job.")
+        if first is not None:
+            _check_same(first, record)
         return job, first is None
+
+    async def submitted_before(self, new: NewJob) -> Job | None:
+        """The job that this request with this idempotency key made, if it did.
+
+        Raises KeyReused as `submit` does.
+        """
+        record = new.as_record()
+        if (found := await self._store.submitted_before(record)) is None:
+            return None
+        job, first = found
+        _check_same(first, record)
+        return job
 
     async def promote(self, limit: int, *, waiting: bool = False) -> int:
         """Queue scheduled jobs that are due, or, `waiting`, whose children have all ended; how many there were."""
@@ -306,6 +318,11 @@ class Lifecycle:
     def _lost(self, claim: Claim) -> LeaseLost:
         metrics.lease_lost.inc()
         return LeaseLost(f"Attempt {claim.attempt} of job {claim.job_id} is over; another worker may have it.")
+
+
+def _check_same(first: str, record: Mapping[str, Any]) -> None:
+    if first != record["digest"]:
+        raise KeyReused("This Idempotency-Key came with another request before; use a new key for a new job.")
 
 
 def _key(job: Job | Claim) -> Key | None:

@@ -8,6 +8,7 @@ import io
 import os
 import sys
 from contextlib import aclosing
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -16,7 +17,7 @@ import click
 
 from headway.client import actions, kinds, pages, text
 from headway.client.render import Lines, view
-from headway.client.session import OUTCOMES, Input, Session, Upload, json_option
+from headway.client.session import OUTCOMES, Input, Moment, Session, Upload, json_option
 from headway.states import JobState
 
 if TYPE_CHECKING:
@@ -47,7 +48,14 @@ def cli(context: click.Context, url: str | None, api_key: str | None) -> None:
 
 @cli.command()
 @click.argument("kind")
-@click.option("--input", "value", type=Input(), metavar="JSON|@FILE|-", help="The input; - reads standard input.")
+@click.option(
+    "--input",
+    "value",
+    type=Input(),
+    default="{}",
+    metavar="JSON|@FILE|-",
+    help="The input, {} if left out; - reads standard input.",
+)
 @click.option(
     "--file",
     "files",
@@ -59,6 +67,7 @@ def cli(context: click.Context, url: str | None, api_key: str | None) -> None:
 @click.option("--tag", "tags", multiple=True, help="A word to find the job by; may be repeated.")
 @click.option("--priority", type=click.Choice(["high", "normal", "low"]), default="normal", show_default=True)
 @click.option("--delay", type=click.FloatRange(min=0), metavar="SECONDS", help="Run it this much later.")
+@click.option("--run-at", type=Moment(), metavar="TIME", help="Run it then: 2027-01-31T18:00:00Z.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds an attempt may run.")
 @click.option("--max-attempts", type=click.IntRange(1, 100), help="Attempts it may take, if they fail.")
 @click.option("--concurrency-key", metavar="KEY", help="Jobs with the same key share places to run in.")
@@ -76,6 +85,7 @@ def submit(
     tags: tuple[str, ...],
     priority: str,
     delay: float | None,
+    run_at: datetime | None,
     timeout: float | None,
     max_attempts: int | None,
     concurrency_key: str | None,
@@ -88,7 +98,6 @@ def submit(
 
     With --follow the job is shown until it ends; the exit code is 0 only if it succeeded.
     """
-    value = {} if value is None else value
     if files and not isinstance(value, dict):
         raise click.UsageError("--file needs an --input that is a JSON object.")
     for field, _ in files:
@@ -111,6 +120,7 @@ def submit(
                 tags=tags,
                 priority=priority,
                 delay=delay,
+                run_at=run_at,
                 timeout=timeout,
                 max_attempts=max_attempts,
                 concurrency_key=concurrency_key,

@@ -2,6 +2,7 @@
 
 ClientError
 ├── NotConfigured        no URL or no API key was given
+├── CannotBeSent         what was given is no JSON, or has characters that a header or a URL cannot have
 ├── ConnectionFailed     no answer, or one that broke off
 └── ApiError             the server refused
     ├── Unauthenticated  401
@@ -22,6 +23,10 @@ class ClientError(HeadwayError):
 
 class NotConfigured(ClientError):
     """There is no URL or no API key to work with; the message says where they are looked for."""
+
+
+class CannotBeSent(ClientError):
+    """What was given is no JSON, such as infinity, or has characters that a header or a URL cannot have."""
 
 
 class ConnectionFailed(ClientError):

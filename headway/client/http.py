@@ -20,7 +20,7 @@ from uuid import UUID, uuid4
 import httpx
 
 from headway.client import credentials, uploads
-from headway.client.errors import BY_STATUS, ApiError, ClientError, ConnectionFailed, Unavailable
+from headway.client.errors import BY_STATUS, ApiError, CannotBeSent, ClientError, ConnectionFailed, Unavailable
 from headway.client.follow import follow
 from headway.client.live import Live
 from headway.client.watch import Room, SetSubscription, watch
@@ -110,7 +110,7 @@ class Client:
             "concurrency_limit": concurrency_limit,
         }
         body |= {name: value for name, value in optional.items() if value is not None}
-        headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
+        headers = {"Idempotency-Key": uuid4().hex if idempotency_key is None else idempotency_key}
         return await self._json("POST", "/jobs", repeatable=True, json=body, headers=headers)
 
     async def get(self, job_id: JobId) -> Json:
@@ -339,7 +339,7 @@ class Client:
             tries -= 1
             failure: ClientError
             try:
-                response = await self._http.send(self._http.build_request(method, path, **request), stream=True)
+                response = await self._http.send(self._request(method, path, request), stream=True)
                 if response.is_success and stream:
                     return response
                 async with aclosing(response):
@@ -354,6 +354,12 @@ class Client:
             asked = failure.retry_after if isinstance(failure, Unavailable) else None
             await asyncio.sleep(min(LONGEST_PAUSE, asked or random.uniform(pause / 2, pause)))  # noqa: S311
             pause *= 2
+
+    def _request(self, method: str, path: str, given: Json) -> httpx.Request:
+        try:
+            return self._http.build_request(method, path, **given)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CannotBeSent(f"This cannot be sent: {error}.") from error
 
     def _unreachable(self, error: httpx.HTTPError) -> ConnectionFailed:
         return ConnectionFailed(f"No answer from {self.url}: {str(error) or type(error).__name__}.")
@@ -391,7 +397,7 @@ def _refusal(response: httpx.Response) -> ApiError:
 
 def _part(name: object) -> str:
     """One segment of a path."""
-    return quote(str(name), safe="")
+    return quote(str(name), safe="", errors="surrogatepass")
 
 
 def _guess(path: Path) -> str:

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from headway.client import pages
-from headway.client.errors import ApiError, ClientError
+from headway.client.errors import ApiError, CannotBeSent, ClientError
 from headway.client.render import View
 from headway.client.text import as_json as json_line
 from headway.client.text import inert, readable
@@ -22,7 +23,7 @@ from headway.states import JobState
 if TYPE_CHECKING:
     from headway.client.http import Client
 
-FAILED, CANCELLED, REFUSED, INTERRUPTED = 1, 3, 4, 130
+FAILED, WRONG_USAGE, CANCELLED, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 OUTCOMES = {JobState.SUCCEEDED: 0, JobState.FAILED: FAILED, JobState.CANCELLED: CANCELLED}
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, each object on a line of its own.")
 NAMED_FILE = re.compile(r"([A-Za-z_]\w*)=(.+)", re.DOTALL)
@@ -54,7 +55,7 @@ class Session:
             code = INTERRUPTED
         except ClientError as error:
             complain(error)
-            code = REFUSED
+            code = WRONG_USAGE if isinstance(error, CannotBeSent) else REFUSED
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
@@ -111,8 +112,23 @@ class Input(click.ParamType[Any]):
             return json.loads(value, parse_constant=_no_constant)
         except OSError as error:
             self.fail(f"{value[1:]} cannot be read: {error.strerror}.", param, ctx)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self.fail(f"this is not JSON: {error}.", param, ctx)
+
+
+class Moment(click.ParamType[datetime]):
+    """A time with its zone, as RFC 3339 has it."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            moment = None
+        if moment is None or moment.tzinfo is None:
+            self.fail(f"{value!r} is no time with its zone, such as 2027-01-31T18:00:00Z.", param, ctx)
+        return moment
 
 
 class Upload(click.ParamType[tuple[str, Path]]):

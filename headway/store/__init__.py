@@ -122,13 +122,16 @@ class Store:
     async def submit(self, jobs: Sequence[Mapping[str, Any]]) -> list[tuple[Job, float, str | None]]:
         """For each job its row, its position and, if its idempotency key was taken, the digest of the first request."""
         rows = {row["id"]: (as_job(row), row["position"], None) for row in await self.rows(sql.SUBMIT, jobs)}
-        if missing := [job for job in jobs if UUID(job["id"]) not in rows]:
-            names = ("id", "tenant_id", "idempotency_key")
-            asked = [{name: job[name] for name in names} for job in missing]
-            for row in await self.rows(sql.REPLAY, asked):
+        if missing := [_asked(job) for job in jobs if UUID(job["id"]) not in rows]:
+            for row in await self.rows(sql.REPLAY, missing):
                 first = None if row["asked"] == row["id"] else row["request_digest"]
                 rows[row["asked"]] = (as_job(row), row["position"], first)
         return [rows[UUID(job["id"])] for job in jobs]
+
+    async def submitted_before(self, job: Mapping[str, Any]) -> tuple[Job, str] | None:
+        """The job that has the idempotency key of this one, and the digest of the request that made it."""
+        rows = await self.rows(sql.REPLAY, [_asked(job)])
+        return (as_job(rows[0]), rows[0]["request_digest"]) if rows else None
 
     async def promote(self, limit: int, *, waiting: bool = False) -> list[tuple[Event, float, Key | None]]:
         """The event, position and concurrency key of each scheduled job that is due and now queued.
@@ -318,6 +321,11 @@ def as_job(row: asyncpg.Record) -> Job:
             "priority": Priority(row["priority"]),
         }
     )
+
+
+def _asked(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What REPLAY finds a job by."""
+    return {name: job[name] for name in ("id", "tenant_id", "idempotency_key")}
 
 
 def _claim(row: asyncpg.Record) -> Claim:

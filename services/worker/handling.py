@@ -38,7 +38,7 @@ async def handle(kind: Kind, job: JobContext, input: Any, max_result: int, opene
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in ("input", *first["loc"]))
-        raise InputRefused(f"{where}: {first['msg']}.") from None
+        raise InputRefused(f"{where}: {first['msg'].removeprefix('Value error, ')}.") from None
     try:
         returned = await perform(kind, job, value, opened)
     except (SystemExit, KeyboardInterrupt) as error:

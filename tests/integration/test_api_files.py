@@ -255,12 +255,19 @@ async def test_a_download_is_whole_or_a_range_of_it(http: httpx.AsyncClient) -> 
     part = await http.get(path, headers={"Range": "bytes=5-9", "If-Range": etag})
     assert (part.status_code, part.content) == (206, data[5:10])
     assert part.headers["Content-Range"] == f"bytes 5-9/{2 * MIB}"
-    for headers in ({"Range": "bytes=0-1,5-9"}, {"Range": "bytes=5-9", "If-Range": '"other"'}, {"Range": "lines=1-2"}):
+    for headers in (
+        {"Range": "bytes=0-1,5-9"},
+        {"Range": "bytes=5-9", "If-Range": '"other"'},
+        {"Range": "lines=1-2"},
+        {"Range": "bytes=5-2"},
+    ):
         assert (await http.get(path, headers=headers)).content == data
     assert (await http.get(path, headers={"If-None-Match": etag})).status_code == 304
     head = await http.head(path, headers={"Range": "bytes=5-9"})
     assert (head.status_code, head.content, head.headers["Content-Length"]) == (200, b"", str(2 * MIB))
-    assert (await http.get(path, headers={"Range": f"bytes={2 * MIB}-"})).status_code == 416
+    beyond = await http.get(path, headers={"Range": f"bytes={2 * MIB}-"})
+    assert (beyond.status_code, beyond.headers["Content-Range"]) == (416, f"bytes */{2 * MIB}")
+    assert beyond.json()["type"] == "urn:headway:problem:range-not-satisfiable"
 
 
 async def test_a_file_from_before_there_were_parts_is_still_to_be_had(

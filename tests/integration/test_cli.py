@@ -9,6 +9,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -20,6 +21,7 @@ import tests.integration.test_client  # noqa: F401 - the kind test.copy
 from headway import Fatal, JobContext, kind
 from tests.conftest import Service, until
 
+AHEAD = (datetime.now(UTC) + timedelta(days=1)).isoformat(timespec="seconds")
 HEADWAY = [sys.executable, "-m", "headway.client.cli"]
 
 
@@ -277,6 +279,40 @@ async def test_refusals_have_a_code_and_a_sentence(headway: Shell) -> None:
         assert ran.out == ""
         assert ran.err.startswith("Error: ")
         assert said in ran.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--delay", "nan"),
+        ("--timeout", "inf"),
+        ("--input", '{"seconds": 1e999}'),
+        ("--input", '"\\ud800"'),
+        ("--input", "[" * 100_000),
+        ("--run-at", "2027-01-31T18:00:00"),
+        ("--idempotency-key", "ключ"),
+    ],
+    ids=lambda arguments: f"{arguments[0]} {arguments[1][:20]}",
+)
+async def test_what_cannot_be_sent_is_wrong_usage(headway: Shell, arguments: tuple[str, str]) -> None:
+    ran = await headway("submit", "demo.countdown", *arguments)
+
+    assert (ran.code, ran.out) == (2, "")
+    assert "Error: " in ran.err
+
+
+async def test_an_input_may_be_null_and_a_time_ahead(headway: Shell) -> None:
+    refused = await headway("submit", "demo.countdown", "--input", "null")
+    assert (refused.code, "input: null is not of type" in refused.err) == (4, True), refused
+    later = await headway("submit", "demo.countdown", "--input", '{"seconds": 0}', "--run-at", AHEAD, "--json")
+    assert datetime.fromisoformat(json.loads(later.out)["run_at"]) == datetime.fromisoformat(AHEAD)
+
+
+async def test_an_empty_idempotency_key_is_refused_and_not_left_out(headway: Shell) -> None:
+    ran = await headway("submit", "demo.countdown", "--input", '{"seconds": 0}', "--idempotency-key", "")
+
+    assert (ran.code, ran.out) == (4, "")
+    assert "Idempotency-Key" in ran.err
 
 
 async def test_a_file_is_uploaded_for_jobs_to_come(headway: Shell) -> None:

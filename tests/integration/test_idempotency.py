@@ -1,6 +1,7 @@
 """Idempotency-Key: a request that is sent again makes no second job."""
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import asyncpg
@@ -33,6 +34,23 @@ async def test_another_request_with_the_key_is_refused(service: Service) -> None
     other = await submit(service, "a", {**JOB, "tags": ["x"]})
 
     assert (other.status_code, other.json()["type"]) == (422, "urn:headway:problem:idempotency-key-reused")
+
+
+async def test_a_request_that_is_sent_again_after_its_time_gets_its_job(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = {**JOB, "run_at": (datetime.now(UTC) + timedelta(minutes=10)).isoformat()}
+    first = await submit(service, "a", job)
+    # As if it had lain behind for more than a minute.
+    monkeypatch.setattr("services.web.api.jobs.CLOCKS", -1200.0)
+    again = await submit(service, "a", job)
+    other = await submit(service, "a", {**job, "tags": ["x"]})
+    new = await submit(service, "b", job)
+
+    assert (first.status_code, again.status_code) == (202, 200)
+    assert (again.headers["Idempotent-Replayed"], again.json()["id"]) == ("true", first.json()["id"])
+    assert other.json()["type"] == "urn:headway:problem:idempotency-key-reused"
+    assert (new.status_code, new.json()["errors"][0]["field"]) == (422, "run_at")
 
 
 async def test_a_hundred_at_once_make_one_job(service: Service, database: asyncpg.Connection) -> None:

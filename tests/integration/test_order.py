@@ -61,6 +61,8 @@ async def test_a_job_is_started_when_it_is_due(
         {"run_at": "2020-01-01T00:00:00Z"},
         {"run_at": "2999-01-01T00:00:00Z"},
         {"run_at": "2030-01-01T00:00:00"},
+        {"run_at": 1798761600},
+        {"run_at": "1798761600"},
         {"run_at": "2027-01-01T00:00:00Z", "delay": 1},
         {"priority": "urgent"},
         {"max_attempts": 0},

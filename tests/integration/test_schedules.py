@@ -206,6 +206,9 @@ async def test_run_now_submits_apart_from_the_slots(http: httpx.AsyncClient, eng
     slot = {"Idempotency-Key": f"schedule {schedule['id']} {schedule['next_at']}"}
     assert (await http.post(f"{where}/run", headers=slot)).status_code == 400
 
+    held = await http.post(f"{where}/run", headers={"Idempotency-Key": "once", "Prefer": "wait=0"})
+    assert held.headers["Preference-Applied"] == "wait=0"
+
     await http.post(f"{where}/pause")
     assert (await http.post(f"{where}/run")).status_code == 202
     assert (await http.post(f"{where}/resume")).json() == schedule

@@ -6,6 +6,7 @@ from urllib.parse import quote
 
 from django.http import HttpResponse, StreamingHttpResponse
 
+from headway.errors import NoSuchRange
 from headway.job import Artifact, File, Part
 from services.web.api.answers import not_modified, nothing
 from services.web.api.jobs import known
@@ -30,10 +31,15 @@ def send(request: ApiRequest, kept: File | Artifact, parts: Sequence[Part]) -> H
     status, start, end = 200, 0, kept.size
     # A range is a matter of GET alone.
     asked = RANGE.fullmatch(request.headers.get("Range", "")) if request.scope["method"] == "GET" else None
+    if asked and asked["end"] and int(asked["end"]) < int(asked["start"]):
+        asked = None
     if asked and request.headers.get("If-Range", etag) == etag:
         start, end = _span(asked, kept.size)
         if start >= end:
-            return HttpResponse(status=416, headers={"Content-Range": f"bytes */{kept.size}"})
+            raise NoSuchRange(
+                f"{kept.name} has {kept.size:,} bytes; ask for some of these, or leave Range out.",
+                headers={"Content-Range": f"bytes */{kept.size}"},
+            )
         status = 206
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{kept.size}"
     headers["Content-Length"] = str(end - start)

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from django.http import HttpResponse, StreamingHttpResponse
 from ninja import Field, Query, Router, Schema
-from pydantic import AwareDatetime, ConfigDict, ValidationError, field_validator
+from pydantic import ConfigDict, ValidationError, field_validator
 
 from headway.errors import InvalidRequest, NotFound
 from headway.job import File
@@ -15,7 +15,7 @@ from services.web.api.answers import answer
 from services.web.api.digests import checked, expected
 from services.web.api.downloads import send
 from services.web.api.forms import open_form
-from services.web.api.jobs import FARTHEST, cursor_of, id_before
+from services.web.api.jobs import FARTHEST, Moment, cursor_of, id_before
 from services.web.api.request import ApiRequest
 
 CONTENT_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(\s*;\s*[\w.+-]+=[\w.+-]+)*", re.ASCII)
@@ -36,7 +36,7 @@ class Named(Schema):
         pattern=r"^[^\x00-\x1f\x7f-\x9f/\\]+$",
         description="What the file is called; else as the form says, or `file`.",
     )
-    expires: AwareDatetime | None = Field(
+    expires: Moment | None = Field(
         default=None,
         description="When it is to be deleted, with a time zone; after HEADWAY_KEEP_DAYS if left out.",
     )

@@ -9,10 +9,10 @@ from uuid import UUID
 
 from django.http import HttpResponse
 from ninja import Field, Query, Router, Schema
-from pydantic import AwareDatetime, ConfigDict, model_validator
+from pydantic import AwareDatetime, BeforeValidator, ConfigDict, model_validator
 from structlog.contextvars import bind_contextvars
 
-from headway.errors import BadRequest, NotFound
+from headway.errors import BadRequest, InvalidRequest, NotFound
 from headway.job import (
     LONGEST_KEY,
     LONGEST_TAG,
@@ -37,10 +37,20 @@ CLOCKS = 60.0
 BULK = 500
 BULK_TIME = 20.0
 KEY = re.compile(r"[!-~]{1,255}")
+RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]", re.ASCII)
 PREFER_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?([0-9]{1,9})\"?\s*(?:$|[,;])", re.ASCII | re.IGNORECASE)
 
 router = Router(tags=["jobs"])
 
+
+def _written(moment: Any) -> Any:
+    if not (isinstance(moment, str) and RFC_3339.match(moment)):
+        # A number would be taken for seconds or for milliseconds since 1970, whichever fits.
+        raise ValueError("send a time with its zone as RFC 3339 has it, such as 2027-01-31T18:00:00Z")
+    return moment
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_written)]
 Tag = Annotated[str, Field(min_length=1, max_length=LONGEST_TAG)]
 
 
@@ -59,7 +69,7 @@ class Submission(Schema):
     priority: Literal["high", "normal", "low"] = Field(
         default="normal", description="Which of the tenant's jobs go first; low ones wait longer, but not for ever."
     )
-    run_at: AwareDatetime | None = Field(
+    run_at: Moment | None = Field(
         default=None, strict=False, description="When to run it, with a time zone; now if left out."
     )
     delay: float | None = Field(default=None, ge=0, le=FARTHEST, description="Seconds to wait, instead of run_at.")
@@ -85,12 +95,8 @@ class Submission(Schema):
 
     @model_validator(mode="after")
     def _one_time(self) -> "Submission":
-        if self.run_at is not None:
-            if self.delay is not None:
-                raise ValueError("send run_at or delay, not both")
-            ahead = (self.run_at - datetime.now(UTC)).total_seconds()
-            if not -CLOCKS <= ahead <= FARTHEST:
-                raise ValueError("run_at must lie ahead, by at most 400 days; leave it out to run the job at once")
+        if self.run_at is not None and self.delay is not None:
+            raise ValueError("send run_at or delay, not both")
         if self.concurrency_key is None and "concurrency_limit" in self.model_fields_set:
             raise ValueError("concurrency_limit needs a concurrency_key, which says whose limit it is")
         if self.concurrency_key is not None and "\0" in self.concurrency_key:
@@ -150,29 +156,28 @@ async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
     request.only()
     app, tenant_id = request.app, request.auth.tenant_id
     entry = await app.catalog.check(job.kind, job.input)
-    accepted, created = await app.lifecycle.submit(
-        NewJob(
-            tenant_id,
-            job.kind,
-            job.input,
-            job.tags,
-            Priority[job.priority.upper()],
-            job.timeout or entry.kind["timeout"],
-            job.max_attempts or entry.kind["max_attempts"],
-            run_at=timestamp(job.run_at),
-            delay=job.delay,
-            concurrency_key=job.concurrency_key,
-            concurrency_limit=job.concurrency_limit,
-            idempotency_key=idempotency_key(request),
-        )
+    new = NewJob(
+        tenant_id,
+        job.kind,
+        job.input,
+        job.tags,
+        Priority[job.priority.upper()],
+        job.timeout or entry.kind["timeout"],
+        job.max_attempts or entry.kind["max_attempts"],
+        run_at=timestamp(job.run_at),
+        delay=job.delay,
+        concurrency_key=job.concurrency_key,
+        concurrency_limit=job.concurrency_limit,
+        idempotency_key=idempotency_key(request),
     )
-    seconds = _preferred_wait(request)
-    if seconds is not None:
-        accepted = await _end(request, accepted.id, seconds) or accepted
-    response = submitted(accepted, created=created)
-    if seconds is not None:
-        response.headers["Preference-Applied"] = f"wait={seconds:g}"
-    return response
+    if job.run_at is None or -CLOCKS <= (job.run_at - datetime.now(UTC)).total_seconds() <= FARTHEST:
+        accepted, created = await app.lifecycle.submit(new)
+        return await submitted(request, accepted, created=created)
+    # Sent again after an outage, its time may have passed: that makes it no other request.
+    if (before := await app.lifecycle.submitted_before(new)) is None:
+        why = "lies more than a minute behind, or more than 400 days ahead; leave it out to run the job at once"
+        raise InvalidRequest(f"run_at: {why}.", errors=[{"field": "run_at", "message": why}])
+    return await submitted(request, before, created=False)
 
 
 @router.get("", summary="List jobs, newest first")
@@ -270,12 +275,15 @@ async def list_failures(request: ApiRequest, job_id: UUID) -> HttpResponse:
     return answer({"failures": await request.app.store.failures(job_id, request.auth.tenant_id)})
 
 
-def submitted(job: Job, *, created: bool) -> HttpResponse:
-    """The answer to a submission, and the job's id in the log line of the request."""
+async def submitted(request: ApiRequest, job: Job, *, created: bool) -> HttpResponse:
+    """The answer to a submission, held as it prefers, and the job's id in the log line of the request."""
     bind_contextvars(job_id=str(job.id))
     headers = {"Location": f"/api/v1/jobs/{job.id}"}
     if not created:
         headers["Idempotent-Replayed"] = "true"
+    if (seconds := _preferred_wait(request)) is not None:
+        job = await _end(request, job.id, seconds) or job
+        headers["Preference-Applied"] = f"wait={seconds:g}"
     return answer(job.as_json(), 202 if created and not job.state.terminal else 200, headers)
 
 

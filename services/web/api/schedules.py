@@ -163,7 +163,7 @@ async def run_schedule(request: ApiRequest, schedule_id: UUID) -> HttpResponse:
     schedule = await _schedule(request, schedule_id)
     await request.app.catalog.check(schedule.job["kind"], schedule.job["input"])
     job, created = await request.app.schedules.run(schedule, idempotency_key(request))
-    return submitted(job, created=created)
+    return await submitted(request, job, created=created)
 
 
 async def _schedule(request: ApiRequest, schedule_id: UUID) -> Schedule:
