@@ -42,6 +42,7 @@ HeadwayError
 └── LeaseLost                  a fenced write matched no row: stop, write nothing
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -280,13 +281,18 @@ class Fatal(JobError):
 
 
 class Retry(JobError):
-    """Raised by a handler to be run again `after` so many seconds; the message says why. It counts as an attempt."""
+    """Raised by a handler to be run again `after` so many seconds; the message says why. It counts as an attempt.
+
+    `after` may be what a server says in Retry-After: below 0 is at once, above 400 days is 400 days.
+    """
 
     slug = "retry"
 
     def __init__(self, message: str = "The handler asked to be run again.", *, after: float) -> None:
+        if math.isnan(after):
+            raise ValueError("Retry takes seconds in `after`, not NaN.")
         super().__init__(message)
-        self.after = after
+        self.after = min(max(after, 0.0), 400 * 86400.0)
 
 
 class InputRefused(JobError):

@@ -82,6 +82,7 @@ class Groups:
                 concurrency_key=child.concurrency_key,
                 concurrency_limit=child.concurrency_limit,
                 parent_id=claim.job_id,
+                parent_token=claim.token,
                 depth=claim.depth + 1,
                 idempotency_key=key,
             )

@@ -11,6 +11,8 @@ from headway.errors import Fatal
 from headway.states import JobState
 
 # What one job may ask for. Times are seconds, lengths are characters.
+# Of what a client may leave out the kind has the defaults of these.
+DEFAULTED = ("timeout", "max_attempts")
 LONGEST_TIMEOUT = 7 * 86400.0
 MOST_ATTEMPTS = 100
 MOST_TAGS = 20

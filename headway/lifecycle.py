@@ -64,10 +64,9 @@ class Lifecycle:
 
         Raises KeyReused if the idempotency key belongs to another request.
         """
-        record = new.as_record()
-        job, first = await self._submit(record)
+        job, first = await self._submit(new.as_record())
         if first is not None:
-            _check_same(first, record)
+            _check_same(first, new)
         return job, first is None
 
     async def submitted_before(self, new: NewJob) -> Job | None:
@@ -75,11 +74,10 @@ class Lifecycle:
 
         Raises KeyReused as `submit` does.
         """
-        record = new.as_record()
-        if (found := await self._store.submitted_before(record)) is None:
+        if (found := await self._store.submitted_before(new.as_record())) is None:
             return None
         job, first = found
-        _check_same(first, record)
+        _check_same(first, new)
         return job
 
     async def promote(self, limit: int, *, waiting: bool = False) -> int:
@@ -169,7 +167,10 @@ class Lifecycle:
             self._events.publish(event)
 
     async def submit_all(self, jobs: Sequence[NewJob]) -> None:
-        """Accept jobs in one statement; those whose idempotency keys are taken are there already."""
+        """Accept jobs in one statement; those whose idempotency keys are taken are there already.
+
+        Raises LeaseLost for children of an attempt that is over.
+        """
         await self._submit_all([new.as_record() for new in jobs])
 
     async def rescue(self, limit: int) -> int:
@@ -320,8 +321,8 @@ class Lifecycle:
         return LeaseLost(f"Attempt {claim.attempt} of job {claim.job_id} is over; another worker may have it.")
 
 
-def _check_same(first: str, record: Mapping[str, Any]) -> None:
-    if first != record["digest"]:
+def _check_same(first: str, new: NewJob) -> None:
+    if not new.is_request(first):
         raise KeyReused("This Idempotency-Key came with another request before; use a new key for a new job.")
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from uuid import UUID
 
@@ -17,7 +17,10 @@ ASKED = ("kind", "input", "tags", "priority", "timeout", "max_attempts", "run_at
 
 @dataclass(frozen=True, slots=True)
 class NewJob:
-    """What a client asks for, already checked. `run_at` is RFC 3339, `delay` and `timeout` are seconds."""
+    """What a client asks for, already checked. `run_at` is RFC 3339, `delay` and `timeout` are seconds.
+
+    `left_out` names what is the kind's own and not the client's: another release may have other defaults.
+    """
 
     tenant_id: UUID
     kind: str
@@ -31,17 +34,23 @@ class NewJob:
     concurrency_key: str | None = None
     concurrency_limit: int = 1
     parent_id: UUID | None = None
+    parent_token: int | None = None
     depth: int = 0
     retry_of: UUID | None = None
     idempotency_key: str | None = None
+    left_out: Sequence[str] = ()
 
     def digest(self) -> str:
         """What tells this request from another one that comes with the same idempotency key."""
-        asked = {name: getattr(self, name) for name in ASKED}
+        asked = {name: getattr(self, name) for name in ASKED if name not in self.left_out}
         if self.concurrency_key is not None:
             # Apart from the others, so that the digests of requests made before there were such keys still hold.
             asked |= {"concurrency_key": self.concurrency_key, "concurrency_limit": self.concurrency_limit}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+    def is_request(self, digest: str) -> bool:
+        """Whether this request has a digest, of now or of before defaults were left out of it."""
+        return digest in (self.digest(), replace(self, left_out=()).digest())
 
     def as_record(self) -> dict[str, Any]:
         """The job as the store takes it, with an id of its own."""
@@ -59,6 +68,7 @@ class NewJob:
             "concurrency_key": self.concurrency_key,
             "concurrency_limit": self.concurrency_limit,
             "parent_id": str(self.parent_id) if self.parent_id else None,
+            "parent_token": self.parent_token,
             "depth": self.depth,
             "retry_of": str(self.retry_of) if self.retry_of else None,
             "idempotency_key": self.idempotency_key,

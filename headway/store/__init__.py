@@ -15,7 +15,7 @@ from uuid import UUID
 import asyncpg
 
 from headway import metrics
-from headway.errors import JobError
+from headway.errors import JobError, LeaseLost
 from headway.job import Artifact, Claim, Ending, Event, File, Job, Priority, timestamp
 from headway.keys import LiveKey
 from headway.states import JobState
@@ -120,12 +120,23 @@ class Store:
             raise
 
     async def submit(self, jobs: Sequence[Mapping[str, Any]]) -> list[tuple[Job, float, str | None]]:
-        """For each job its row, its position and, if its idempotency key was taken, the digest of the first request."""
-        rows = {row["id"]: (as_job(row), row["position"], None) for row in await self.rows(sql.SUBMIT, jobs)}
+        """For each job its row, its position and, if its idempotency key was taken, the digest of the first request.
+
+        Raises LeaseLost for children of an attempt that is over; then none of `jobs` was written that is such a child.
+        """
+        rows: dict[UUID, tuple[Job, float, str | None]] = {
+            row["id"]: (as_job(row), row["position"], None) for row in await self.rows(sql.SUBMIT, jobs)
+        }
         if missing := [_asked(job) for job in jobs if UUID(job["id"]) not in rows]:
             for row in await self.rows(sql.REPLAY, missing):
                 first = None if row["asked"] == row["id"] else row["request_digest"]
                 rows[row["asked"]] = (as_job(row), row["position"], first)
+            if gone := [job for job in jobs if UUID(job["id"]) not in rows]:
+                if any(job["parent_id"] for job in gone):
+                    raise LeaseLost("The attempt that submits children is over; another worker may have the job.")
+                # The job that had the key was deleted meanwhile.
+                written = await self.submit(gone)
+                rows |= {UUID(job["id"]): row for job, row in zip(gone, written, strict=True)}
         return [rows[UUID(job["id"])] for job in jobs]
 
     async def submitted_before(self, job: Mapping[str, Any]) -> tuple[Job, str] | None:

@@ -9,7 +9,7 @@ from uuid import UUID
 import asyncpg
 
 from headway.errors import Conflict
-from headway.job import Priority, timestamp
+from headway.job import DEFAULTED, Priority, timestamp
 from headway.store import Store
 
 CatchUp = Literal["skip", "one", "all"]
@@ -142,6 +142,7 @@ class Schedule:
             "max_attempts": self.max_attempts,
             "concurrency_key": self.job.get("concurrency_key"),
             "concurrency_limit": self.job.get("concurrency_limit", 1),
+            "left_out": [name for name in DEFAULTED if self.job.get(name) is None],
         }
 
 

@@ -36,16 +36,21 @@ PLACE = """start + priority / 4.0
 
 # Insert jobs, each with its first event. One that is there already is left out of the answer: it came with an
 # idempotency key that is taken, or it is sent again because the answer was lost.
-# One with a concurrency key is parked until UNPARK finds that the key has a place.
+# One with a concurrency key is parked until UNPARK finds that the key has a place. A child of an attempt that no longer
+# holds its job is left out too.
 # $1: [{id, tenant_id, kind, input, tags, priority, timeout, max_attempts, run_at, delay, concurrency_key,
-# concurrency_limit, parent_id, depth, retry_of, idempotency_key, digest}]
+# concurrency_limit, parent_id, parent_token, depth, retry_of, idempotency_key, digest}]
 SUBMIT = f"""
 WITH r AS (
     SELECT * FROM jsonb_to_recordset($1::jsonb) AS r (
         id uuid, tenant_id uuid, kind text, input jsonb, tags text[], priority smallint, timeout float8,
         max_attempts int, run_at timestamptz, delay float8, concurrency_key text, concurrency_limit smallint,
-        parent_id uuid, depth smallint, retry_of uuid, idempotency_key text, digest text
+        parent_id uuid, parent_token bigint, depth smallint, retry_of uuid, idempotency_key text, digest text
     )
+), parents AS (
+    SELECT jobs.id FROM jobs
+    JOIN (SELECT DISTINCT parent_id, parent_token FROM r) p ON jobs.id = p.parent_id AND jobs.token = p.parent_token
+    WHERE jobs.state = 'running' ORDER BY jobs.id FOR SHARE OF jobs
 ), f AS (
     SELECT DISTINCT tenant_id, priority FROM r
 ), flows AS ({FLOWS}
@@ -60,6 +65,7 @@ WITH r AS (
         idempotency_key, digest, 1
     FROM (SELECT *, coalesce(run_at, now() + delay * interval '1 second') AS due FROM r) r
     JOIN flows USING (tenant_id, priority)
+    WHERE parent_id IS NULL OR parent_id IN (SELECT id FROM parents)
     ON CONFLICT DO NOTHING
     RETURNING {JOB}, position
 ), told AS (
@@ -435,6 +441,17 @@ WITH held AS (
 UPDATE jobs SET lease_expires_at = now() + $3::interval
 FROM held WHERE jobs.id = held.id
 RETURNING jobs.id, jobs.token
+"""
+
+# Hold on to what a worker has got by a claim whose answer it has not read.
+# $1: worker, $2: ids that it knows of, $3: lease
+RENEW_CLAIMED = """
+WITH held AS (
+    SELECT id FROM jobs
+    WHERE state = 'running' AND worker = $1 AND id <> ALL ($2::uuid[]) AND lease_expires_at > now()
+    ORDER BY id FOR NO KEY UPDATE
+)
+UPDATE jobs SET lease_expires_at = now() + $3::interval FROM held WHERE jobs.id = held.id RETURNING jobs.id, jobs.token
 """
 
 # Which of these running jobs are to be cancelled. $1: ids

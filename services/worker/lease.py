@@ -1,14 +1,15 @@
 """Holding on to running jobs: a thread with a loop and a connection of its own renews their leases.
 
-A handler that blocks the worker's loop therefore keeps its job. Where a lease cannot be renewed in time the attempt is
-told to stop before the lease ends, by this process's clock, which can only be early.
+A handler that blocks the worker's loop therefore keeps its job, and so do the jobs of a claim whose answer the loop has
+not read. Where a lease cannot be renewed in time the attempt is told to stop before the lease ends, by this process's
+clock, which can only be early.
 """
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from uuid import UUID
 
@@ -24,6 +25,8 @@ from headway.store import OUTAGES, sql
 RENEW_EVERY = 1 / 3
 RETRY_EVERY = 1 / 15
 MARGIN = 2 / 15
+# How long a claim may go unanswered before what it has got is renewed as well.
+ANSWERED_WITHIN = 1 / 5
 LOOK_EVERY = 0.2
 
 log = structlog.get_logger(__name__)
@@ -38,14 +41,37 @@ class LeaseKeeper(threading.Thread):
         self._lost = lost
         self._lease = lease
         self._ends: dict[tuple[UUID, int], float] = {}
+        # Who claims, since when, and the ends of leases that were renewed meanwhile.
+        self._claiming: tuple[str, float] | None = None
+        self._claimed: dict[tuple[UUID, int], float] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._connection: asyncpg.Connection | None = None
 
-    def hold(self, claim: Claim, claimed_at: float) -> None:
-        """Keep a job that was claimed by a statement sent at `claimed_at` (monotonic)."""
+    @contextmanager
+    def claiming(self, worker: str, sent_at: float) -> Iterator[None]:
+        """While the answer to a claim for `worker` is awaited: renew what it has got, should the answer take long."""
         with self._lock:
-            self._ends[claim.job_id, claim.token] = claimed_at + self._lease.total_seconds()
+            self._claiming = worker, sent_at
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._claiming = None
+                self._claimed.clear()
+
+    def hold(self, claim: Claim, claimed_at: float) -> bool:
+        """Keep a job that was claimed by a statement sent at `claimed_at` (monotonic).
+
+        False if its lease is as good as over, so that it must not be begun.
+        """
+        key = claim.job_id, claim.token
+        with self._lock:
+            ends = self._claimed.get(key, claimed_at + self._lease.total_seconds())
+            if self._is_late(ends):
+                return False
+            self._ends[key] = ends
+        return True
 
     def drop(self, claim: Claim) -> None:
         """Let a job go that has ended."""
@@ -85,29 +111,38 @@ class LeaseKeeper(threading.Thread):
                 await asyncio.sleep(self._lease.total_seconds() * RENEW_EVERY)
 
     async def _renew(self) -> None:
-        with self._lock:
-            held = list(self._ends)
-        if not held:
-            return
         sent_at = time.monotonic()
+        with self._lock:
+            held, claiming = list(self._ends), self._claiming
+        worker = None
+        if claiming is not None and sent_at - claiming[1] > self._lease.total_seconds() * ANSWERED_WITHIN:
+            worker = claiming[0]
+        if not held and worker is None:
+            return
         async with asyncio.timeout(3):
             if self._connection is None or self._connection.is_closed():
                 self._connection = await asyncpg.connect(self._url, timeout=3)
-            ids, tokens = zip(*held, strict=True)
+            ids, tokens = [key[0] for key in held], [key[1] for key in held]
             rows = await self._connection.fetch(sql.RENEW, ids, tokens, self._lease)
+            claimed = await self._connection.fetch(sql.RENEW_CLAIMED, worker, ids, self._lease) if worker else []
+        ends = sent_at + self._lease.total_seconds()
         renewed = {(row["id"], row["token"]) for row in rows}
         with self._lock:
             for key in renewed & self._ends.keys():
-                self._ends[key] = sent_at + self._lease.total_seconds()
+                self._ends[key] = ends
+            if self._claiming == claiming:
+                self._claimed |= {(row["id"], row["token"]): ends for row in claimed}
         for key in set(held) - renewed:
             self._let_go(key)
 
     def _give_up_late(self) -> None:
-        margin = self._lease.total_seconds() * MARGIN
         with self._lock:
-            late = [key for key, ends in self._ends.items() if time.monotonic() > ends - margin]
+            late = [key for key, ends in self._ends.items() if self._is_late(ends)]
         for key in late:
             self._let_go(key)
+
+    def _is_late(self, ends: float) -> bool:
+        return time.monotonic() > ends - self._lease.total_seconds() * MARGIN
 
     def _let_go(self, key: tuple[UUID, int]) -> None:
         with self._lock:

@@ -236,7 +236,8 @@ class Runner:
             log.warning("Postgres refuses the result", error=repr(refusal))
             detail = getattr(refusal, "detail", None) or ""
             error = HandlerFailed(kept(f"Postgres cannot keep the result: {refusal}. {detail}")).as_json()
-            keep, ending = False, Ending(claim, JobState.FAILED, error=error, failure=error, progress=progress)
+            # What is refused may be the progress.
+            keep, ending = False, Ending(claim, JobState.FAILED, error=error, failure=error)
             state = await self._insist(lambda: self._parts.lifecycle.finish(ending))
         log.info("an attempt ended", state=state.value, error=error and error["type"])
         if not keep:

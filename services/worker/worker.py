@@ -204,7 +204,8 @@ class HeadwayWorker(Worker):
                         self._runner.cancel(job_id, token)
                 await self._groups.tend()
                 if time.monotonic() >= self._rescue_at:
-                    await self._lifecycle.rescue(RESCUED_AT_ONCE)
+                    while await self._lifecycle.rescue(RESCUED_AT_ONCE) == RESCUED_AT_ONCE:
+                        pass
                     await self._lifecycle.unpark()
                     await self._release_unheld()
                     self._rescue_at = time.monotonic() + RESCUE_EVERY
@@ -238,8 +239,11 @@ class HeadwayWorker(Worker):
             if not taken:
                 return
             sent_at = time.monotonic()
-            for claim in await self._lifecycle.claim(taken, self._kinds, self.name):
-                self._keeper.hold(claim, sent_at)
+            with self._keeper.claiming(self.name, sent_at):
+                claims = await self._lifecycle.claim(taken, self._kinds, self.name)
+                # What cannot be held any more _release_unheld gives back.
+                begun = [claim for claim in claims if self._keeper.hold(claim, sent_at)]
+            for claim in begun:
                 self._performing += 1
                 task = asyncio.create_task(self._runner.run(claim, self._performed))
                 self.tasks[_key(claim)] = task

@@ -11,8 +11,9 @@ import pytest_asyncio
 
 from headway import Child, ChildEnding, Fatal, JobContext, kind, kinds
 from headway.embedded import Embedded
+from headway.errors import LeaseLost
 from headway.groups import MOST_CHILDREN, MOST_DEPTH, Groups
-from headway.job import Job
+from headway.job import Ending, Job
 from headway.states import JobState
 from tests.conftest import until
 from tests.engine import Engine, worker
@@ -53,6 +54,19 @@ async def children(engine: Engine, parent: UUID) -> list[Job]:
     return await engine.store.list_jobs(
         engine.tenant.id, before=None, state=None, kind=None, tag=None, parent=parent, limit=500
     )
+
+
+async def test_an_attempt_that_is_over_submits_no_children(engine: Engine) -> None:
+    await engine.store.announce_kinds([kinds.discover()["groups.square"].as_json()])
+    parent = await engine.submit_kind("groups.square", 1)
+    old = await engine.claim(parent, "groups.square")
+    await engine.expire(parent)
+    await engine.lifecycle.rescue(1)
+    await engine.lifecycle.finish(Ending(await engine.claim(parent, "groups.square"), JobState.SUCCEEDED, result=1))
+
+    with pytest.raises(LeaseLost):
+        await Groups(engine.store, engine.lifecycle).endings(old, [Child("groups.square", 2)] * 3, 0)
+    assert await children(engine, parent) == []
 
 
 async def waits(engine: Engine, parent: UUID) -> None:

@@ -3,13 +3,16 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
 import asyncpg
 import httpx
 import pytest
 from redis.asyncio import Redis
 
-from tests.conftest import Service, make_tenant
+from headway.job import Priority
+from headway.submission import NewJob
+from tests.conftest import Service, make_tenant, until
 
 JOB = {"kind": "demo.countdown", "input": {"seconds": 0}}
 
@@ -51,6 +54,34 @@ async def test_a_request_that_is_sent_again_after_its_time_gets_its_job(
     assert (again.headers["Idempotent-Replayed"], again.json()["id"]) == ("true", first.json()["id"])
     assert other.json()["type"] == "urn:headway:problem:idempotency-key-reused"
     assert (new.status_code, new.json()["errors"][0]["field"]) == (422, "run_at")
+
+
+async def test_a_release_with_other_defaults_makes_it_no_other_request(
+    service: Service, database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = await submit(service, "a")
+    await database.execute("UPDATE kinds SET timeout = timeout + 1, max_attempts = 7 WHERE name = 'demo.countdown'")
+    monkeypatch.setattr("services.web.api.catalog.REMEMBERED", 0.0)
+
+    async def is_known() -> bool:
+        new = await submit(service, uuid4().hex)
+        return new.json()["max_attempts"] == 7
+
+    await until(is_known)
+    again = await submit(service, "a")
+    assert (again.status_code, again.json()["id"]) == (200, first.json()["id"])
+
+
+async def test_a_job_of_before_defaults_were_left_out_is_found(service: Service, database: asyncpg.Connection) -> None:
+    first = await submit(service, "a")
+    job = await database.fetchrow("SELECT * FROM jobs")
+    whole = NewJob(
+        job["tenant_id"], job["kind"], job["input"], (), Priority.NORMAL, job["timeout"], job["max_attempts"]
+    )
+    await database.execute("UPDATE jobs SET request_digest = $1", whole.digest())
+
+    again = await submit(service, "a")
+    assert (again.status_code, again.json()["id"]) == (200, first.json()["id"])
 
 
 async def test_a_hundred_at_once_make_one_job(service: Service, database: asyncpg.Connection) -> None:

@@ -258,6 +258,48 @@ async def test_a_job_that_was_let_go_is_not_renewed(engine: Engine) -> None:
     assert not keeper.is_alive()
 
 
+async def test_many_jobs_of_a_dead_worker_are_rescued_at_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.worker.worker.RESCUED_AT_ONCE", 5)
+
+    async def handler(job: JobContext) -> None:
+        await asyncio.Event().wait()
+
+    ids = [await engine.submit(handler) for _ in range(60)]
+    await engine.lifecycle.claim(ids, ["test.call"], "a worker that died")
+    await engine.database.execute("UPDATE jobs SET lease_expires_at = now() - interval '1 s'")
+
+    async def rescued() -> bool:
+        return await engine.database.fetchval("SELECT bool_and(crashes = 1) FROM jobs")
+
+    async with worker(engine.settings):
+        await until(rescued, 5)
+
+
+async def test_a_job_of_a_claim_whose_answer_is_not_read_yet_keeps_its_lease(engine: Engine) -> None:
+    keeper = LeaseKeeper(engine.settings.database_url.get_secret_value(), lambda *_: None, lease=LEASE)
+    keeper.start()
+    sent_at = time.monotonic()
+    try:
+        with keeper.claiming("a worker of the test", sent_at):
+            claim = await engine.claim(await engine.submit_kind("test.call", {}))
+            await engine.database.execute("UPDATE jobs SET lease_expires_at = now() + $1", LEASE)
+            # As a handler does that blocks the loop.
+            time.sleep(2 * LEASE.total_seconds())
+            assert await lease_left(engine, claim.job_id) > 0
+            assert keeper.hold(claim, sent_at)
+    finally:
+        keeper.stop()
+        await asyncio.to_thread(keeper.join, 5)
+
+
+async def test_a_job_whose_lease_is_as_good_as_over_is_not_held(engine: Engine) -> None:
+    claim = await engine.claim(await engine.submit_kind("test.call", {}))
+    keeper = LeaseKeeper(engine.settings.database_url.get_secret_value(), lambda *_: None, lease=LEASE)
+
+    assert not keeper.hold(claim, time.monotonic() - LEASE.total_seconds() * 0.9)
+    assert keeper.hold(claim, time.monotonic())
+
+
 async def test_two_workers_rescue_what_a_third_left_and_run_it_once(engine: Engine) -> None:
     ran: list[UUID] = []
 

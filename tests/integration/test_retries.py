@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import asyncpg
 import pytest
 
+from headway import Retry
 from headway.settings import Settings
 from tests.conftest import Service, run
 from tests.integration import engine_kinds
@@ -48,3 +49,14 @@ async def test_a_handler_chooses_when_to_be_run_again(service: Service, database
     events = [row["data"] for row in await database.fetch("SELECT data FROM events ORDER BY seq")]
     assert [event["state"] for event in events] == ["queued", "running", "scheduled", "queued", "running", "succeeded"]
     assert events[2]["error"] == {"type": "retry", "message": "Not yet."}
+
+
+@pytest.mark.parametrize(("asked", "kept"), [(-1.0, 0.0), (1e12, 400 * 86400.0), (float("inf"), 400 * 86400.0)])
+def test_a_time_that_cannot_be_is_the_nearest_that_can(asked: float, kept: float) -> None:
+    """What other servers say in Retry-After may be handed on."""
+    assert Retry(after=asked).after == kept
+
+
+def test_no_number_is_no_time() -> None:
+    with pytest.raises(ValueError, match="not NaN"):
+        Retry(after=float("nan"))

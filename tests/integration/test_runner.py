@@ -104,6 +104,14 @@ async def failure(engine: Engine, handler: Any, **options: Any) -> tuple[str, st
     return job.error["type"], job.error["message"]
 
 
+async def test_a_progress_that_cannot_be_kept_fails_the_job(engine: Engine) -> None:
+    async def handler(job: JobContext) -> None:
+        await job.report(1, counts={"rows": 10**5000})
+
+    job = await engine.ended(await engine.submit(handler))
+    assert (job.state, job.error["type"]) == (JobState.FAILED, "handler-failed")
+
+
 async def test_fatal_fails_with_its_message(engine: Engine) -> None:
     async def handler(job: JobContext) -> None:
         raise Fatal("Upload a file with a header row.")

@@ -14,6 +14,7 @@ from structlog.contextvars import bind_contextvars
 
 from headway.errors import BadRequest, InvalidRequest, NotFound
 from headway.job import (
+    DEFAULTED,
     LONGEST_KEY,
     LONGEST_TAG,
     LONGEST_TIMEOUT,
@@ -169,6 +170,7 @@ async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
         concurrency_key=job.concurrency_key,
         concurrency_limit=job.concurrency_limit,
         idempotency_key=idempotency_key(request),
+        left_out=[name for name in DEFAULTED if getattr(job, name) is None],
     )
     if job.run_at is None or -CLOCKS <= (job.run_at - datetime.now(UTC)).total_seconds() <= FARTHEST:
         accepted, created = await app.lifecycle.submit(new)
