@@ -34,9 +34,10 @@ from headway import queue
 from headway.embedded import Embedded
 from headway.events import Events, layer
 from headway.job import Priority
-from headway.lifecycle import Lifecycle
+from headway.lifecycle import FIRST_KEY, Lifecycle
 from headway.states import JobState
 from headway.store import Store, prepare
+from headway.store.groups import GroupStore
 from headway.submission import NewJob
 
 GOAL = 1.2
@@ -118,12 +119,12 @@ class Side:
             "promote": lambda: self.store.promote(500),
             "wake, tally": self.waiting,
             "rescue": lambda: self.lifecycle.rescue(100),
-            "keys to unpark": self.store.keys,
+            "keys to unpark": lambda: self.store.keys(FIRST_KEY, 500),
             "count open jobs": self.store.open_jobs,
         }
 
     async def waiting(self) -> None:
-        await self.store.tally(1000)
+        await GroupStore(self.store).waiting(UUID(int=0), 50)
         await self.store.promote(1000, waiting=True)
 
 

@@ -21,6 +21,8 @@ MOST_CHILDREN = 10_000
 MOST_DEPTH = 5
 SUBMITTED_AT_ONCE = 500
 TENDED_AT_ONCE = 1000
+# Parents whose open children are counted in one statement: each may have 10,000.
+TALLIED_AT_ONCE = 50
 
 
 class Groups:
@@ -29,6 +31,8 @@ class Groups:
     def __init__(self, store: Store, lifecycle: Lifecycle) -> None:
         self._groups = GroupStore(store)
         self._lifecycle = lifecycle
+        # The last parent whose children were counted; the next ones come next.
+        self._tallied = UUID(int=0)
 
     async def endings(self, claim: Claim, children: Sequence[Child], first: int) -> list[ChildEnding] | None:
         """How the children ended, in their order; None while some are open. Those that are missing are submitted.
@@ -53,7 +57,10 @@ class Groups:
 
     async def tend(self) -> None:
         """Show how far the children of waiting jobs are, wake those whose children have ended, cancel orphans."""
-        await self._lifecycle.tally(TENDED_AT_ONCE)
+        waiting = await self._groups.waiting(self._tallied, TALLIED_AT_ONCE)
+        self._tallied = waiting[-1] if len(waiting) == TALLIED_AT_ONCE else UUID(int=0)
+        if waiting:
+            await self._lifecycle.tally(waiting)
         while await self._lifecycle.promote(TENDED_AT_ONCE, waiting=True) == TENDED_AT_ONCE:
             pass
         while orphans := await self._groups.orphans(TENDED_AT_ONCE):

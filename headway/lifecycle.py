@@ -31,6 +31,8 @@ SUBMIT_PAUSE = 0.3
 MESSAGE = 2000
 # Concurrency keys that one statement looks at.
 MOST_KEYS = 500
+# What all keys come after.
+FIRST_KEY: Key = (UUID(int=0), "")
 
 log = structlog.get_logger(__name__)
 
@@ -52,6 +54,7 @@ class Lifecycle:
         self._report = Batch(self._report_all, most=500, faulty=REFUSALS)
         self._finish = Batch(self._finish_all, most=200, faulty=REFUSALS)
         self._freed: set[Key] = set()
+        self._looked_at = FIRST_KEY
         self._unparking: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
@@ -161,9 +164,9 @@ class Lifecycle:
         if event.terminal:
             metrics.jobs_finished.labels(claim.kind, event.data["state"]).inc()
 
-    async def tally(self, limit: int) -> None:
+    async def tally(self, ids: Sequence[UUID]) -> None:
         """Bring the progress of jobs that wait for their children up to date."""
-        for event in await self._store.tally(limit):
+        for event in await self._store.tally(ids):
             self._events.publish(event)
 
     async def submit_all(self, jobs: Sequence[NewJob]) -> None:
@@ -220,8 +223,10 @@ class Lifecycle:
         return sum(first is None for _, first in written)
 
     async def unpark(self) -> None:
-        """See for every concurrency key whether parked jobs may stand in the queue: what an outage cut off."""
-        self._free(*await self._store.keys())
+        """See for the next concurrency keys whether parked jobs may stand in the queue: what an outage cut off."""
+        keys = await self._store.keys(self._looked_at, MOST_KEYS)
+        self._looked_at = keys[-1] if len(keys) == MOST_KEYS else FIRST_KEY
+        self._free(*keys)
 
     async def _cancel_all(self, ids: Sequence[UUID], tenant_id: UUID) -> list[Job]:
         changed = await self._store.cancel(ids, tenant_id)

@@ -176,9 +176,9 @@ class Store:
         tenants, names = zip(*keys, strict=True)
         return [(row["id"], row["position"]) for row in await self.rows(sql.UNPARK, tenants, names)]
 
-    async def keys(self) -> list[Key]:
-        """The concurrency keys of queued jobs."""
-        return [key for row in await self.rows(sql.KEYS) if (key := _key(row))]
+    async def keys(self, after: Key, limit: int) -> list[Key]:
+        """The next concurrency keys of queued jobs, in order."""
+        return [key for row in await self.rows(sql.KEYS, *after, limit) if (key := _key(row))]
 
     async def ready(self, kinds: Sequence[str], limit: int, worker: str) -> list[UUID]:
         """What this worker may claim next."""
@@ -238,9 +238,9 @@ class Store:
         rows = await self.rows(sql.WAIT, claim.job_id, claim.token, progress)
         return _state_event(rows[0], claim.tenant_id) if rows else None
 
-    async def tally(self, limit: int) -> list[Event]:
+    async def tally(self, ids: Sequence[UUID]) -> list[Event]:
         """The event of each waiting job whose progress changed."""
-        rows = await self.rows(sql.TALLY, limit)
+        rows = await self.rows(sql.TALLY, ids)
         return [
             Event(row["id"], row["tenant_id"], row["epoch"], row["seq"], "progress", row["progress"]) for row in rows
         ]

@@ -17,6 +17,11 @@ JOIN jobs ON jobs.tenant_id = $1 AND jobs.idempotency_key = k.key
 ORDER BY k.number
 """
 
+# Jobs that wait for their children. $1: the id after which to begin, $2: how many
+WAITING = """
+SELECT id FROM jobs WHERE state = 'scheduled' AND run_at IS NULL AND id > $1 ORDER BY id LIMIT $2
+"""
+
 # The open children of jobs that were cancelled or failed. Of each parent the index gives one row first.
 # $1: how many
 ORPHANS = f"""
@@ -51,6 +56,10 @@ class GroupStore:
             )
             for row in await self._store.rows(CHILDREN, tenant_id, keys)
         }
+
+    async def waiting(self, after: UUID, limit: int) -> list[UUID]:
+        """The next jobs that wait for their children, in order."""
+        return [row["id"] for row in await self._store.rows(WAITING, after, limit)]
 
     async def orphans(self, limit: int) -> list[tuple[UUID, UUID]]:
         """Id and tenant of open children whose parent was cancelled or failed."""

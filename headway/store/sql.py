@@ -125,8 +125,10 @@ WAKE = _queue(f"""run_at IS NULL AND NOT EXISTS (
 SUSPECTED = "SELECT FROM jobs WHERE state = 'running' AND worker = $3 AND crashes > 1"
 
 # Claim those of the jobs $1 that are still queued, one suspect at most. Rows that another worker is claiming are passed
-# over. A job with a concurrency key takes one of the key's places, or is parked if none is free; two workers that take
-# the same place at once are told apart by the unique index `jobs_concurrency`, and the statement is to be run again.
+# over. A job with a concurrency key takes one of the key's places, or is parked if none is free. Jobs of a key whose
+# places another worker is taking are passed over too: two claims that wait for each other's places would be a deadlock.
+# One that cannot see yet what was taken a moment ago is told by the unique index `jobs_concurrency`, and is to be run
+# again.
 # The rows are found by their ids: `state || ''` keeps the planner from walking through the whole queue instead.
 # $1: ids, $2: kinds this worker knows, $3: worker, $4: lease
 CLAIM = f"""
@@ -137,10 +139,14 @@ WITH queued AS (
         WHERE NOT EXISTS (SELECT FROM kinds WHERE name = k.kind AND paused_at IS NOT NULL)
     ))
     FOR NO KEY UPDATE SKIP LOCKED
+), keys AS MATERIALIZED (
+    SELECT tenant_id, concurrency_key FROM (
+        SELECT DISTINCT tenant_id, concurrency_key FROM queued WHERE concurrency_key IS NOT NULL
+    ) k WHERE pg_try_advisory_xact_lock(hashtextextended(tenant_id || concurrency_key, 0))
 ), placed AS (
     SELECT q.id, free.place FROM (
-        SELECT *, row_number() OVER (PARTITION BY tenant_id, concurrency_key ORDER BY id) AS turn
-        FROM queued WHERE concurrency_key IS NOT NULL
+        SELECT queued.*, row_number() OVER (PARTITION BY tenant_id, concurrency_key ORDER BY id) AS turn
+        FROM queued JOIN keys USING (tenant_id, concurrency_key)
     ) q LEFT JOIN LATERAL (
         SELECT place FROM generate_series(1, q.concurrency_limit) place
         WHERE NOT EXISTS (
@@ -202,11 +208,13 @@ WITH k AS (
 UPDATE jobs SET parked = false FROM held WHERE jobs.id = held.id RETURNING jobs.id, jobs.position
 """
 
-# The concurrency keys of queued jobs, one row of the index for each.
+# The concurrency keys of queued jobs, in order, one row of the index for each. $1: tenant and $2: key after which to
+# begin, $3: how many
 KEYS = """
 WITH RECURSIVE k AS (
     (
-        SELECT tenant_id, concurrency_key FROM jobs WHERE state = 'queued' AND concurrency_key IS NOT NULL
+        SELECT tenant_id, concurrency_key FROM jobs
+        WHERE state = 'queued' AND concurrency_key IS NOT NULL AND (tenant_id, concurrency_key) > ($1::uuid, $2::text)
         ORDER BY tenant_id, concurrency_key LIMIT 1
     ) UNION ALL
     SELECT following.* FROM k CROSS JOIN LATERAL (
@@ -216,7 +224,7 @@ WITH RECURSIVE k AS (
         ORDER BY tenant_id, concurrency_key LIMIT 1
     ) following
 )
-SELECT tenant_id, concurrency_key FROM k
+SELECT tenant_id, concurrency_key FROM k LIMIT $3
 """
 
 # The queued jobs whose turn is next: what Redis lost, or never heard of. Each kind is asked for its own, so that no
@@ -382,14 +390,14 @@ FROM waiting
 RETURNING job_id AS id, (SELECT epoch FROM waiting) AS epoch, seq, data
 """
 
-# Bring the progress of jobs that wait for their children up to date. $1: how many
+# Bring the progress of jobs that wait for their children up to date. $1: ids
 TALLY = f"""
 WITH waiting AS (
     SELECT id, (
         SELECT count(*) FROM jobs c WHERE c.parent_id = jobs.id AND c.state IN {OPEN_STATES}
     ) AS open
-    FROM jobs WHERE state = 'scheduled' AND run_at IS NULL
-    ORDER BY id LIMIT $1 FOR NO KEY UPDATE SKIP LOCKED
+    FROM jobs WHERE id = ANY ($1::uuid[]) AND state = 'scheduled' AND run_at IS NULL
+    ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
 )
 UPDATE jobs SET
     progress = jsonb_set(progress, '{{done}}', to_jsonb((progress ->> 'total')::bigint - waiting.open)), seq = seq + 1

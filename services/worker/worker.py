@@ -23,6 +23,7 @@ from services.worker.runner import Runner
 
 SCAN_EVERY = 0.5
 RESCUE_EVERY = 2.0
+UNPARK_EVERY = 2.0
 COUNT_EVERY = 5.0
 # Ids are taken of one lot while another is claimed, and a third one's handlers begin and end.
 LISTENERS = 2
@@ -88,7 +89,7 @@ class HeadwayWorker(Worker):
         self._loops: list[asyncio.Task[None]] = []
         self._freed = asyncio.Event()
         self._hinted = False
-        self._rescue_at = self._count_at = 0.0
+        self._rescue_at = self._unpark_at = self._count_at = 0.0
         metrics.slots.set(slots)
         metrics.slots_busy.set_function(lambda: self._performing)
 
@@ -107,7 +108,7 @@ class HeadwayWorker(Worker):
         if not self.allow_pick_jobs:
             # Told to stop before it began.
             return
-        runs = (*[self._listen] * LISTENERS, self._find, self._look_after, self._promote, *self._beside)
+        runs = (*[self._listen] * LISTENERS, self._find, self._look_after, self._tend, self._promote, *self._beside)
         self._loops = [asyncio.create_task(run()) for run in runs]
         try:
             await asyncio.wait(self._loops, return_when=asyncio.FIRST_EXCEPTION)
@@ -195,18 +196,16 @@ class HeadwayWorker(Worker):
                 log.warning("a scan failed; the next one follows", error=repr(error))
 
     async def _look_after(self) -> None:
-        """See to jobs that are to be cancelled, to parents and children, to workers that died, and to the metrics."""
+        """See to jobs that are to be cancelled, to workers that died, and to the metrics."""
         while True:
             await asyncio.sleep(SCAN_EVERY)
             try:
                 if running := self._runner.running:
                     for job_id, token in await self._store.cancel_requested(running):
                         self._runner.cancel(job_id, token)
-                await self._groups.tend()
                 if time.monotonic() >= self._rescue_at:
                     while await self._lifecycle.rescue(RESCUED_AT_ONCE) == RESCUED_AT_ONCE:
                         pass
-                    await self._lifecycle.unpark()
                     await self._release_unheld()
                     self._rescue_at = time.monotonic() + RESCUE_EVERY
                 if time.monotonic() >= self._count_at:
@@ -214,6 +213,18 @@ class HeadwayWorker(Worker):
                     self._count_at = time.monotonic() + COUNT_EVERY
             except OUTAGES as error:
                 log.warning("a look at the jobs failed; the next one follows", error=repr(error))
+
+    async def _tend(self) -> None:
+        """See to parents and children, and to what stands aside for a concurrency key: apart, for there may be many."""
+        while True:
+            await asyncio.sleep(SCAN_EVERY)
+            try:
+                await self._groups.tend()
+                if time.monotonic() >= self._unpark_at:
+                    await self._lifecycle.unpark()
+                    self._unpark_at = time.monotonic() + UNPARK_EVERY
+            except OUTAGES as error:
+                log.warning("groups and concurrency keys were not looked at; the next look follows", error=repr(error))
 
     async def _promote(self) -> None:
         """Queue scheduled jobs as they become due, on the database's clock."""

@@ -1,6 +1,7 @@
 """Concurrency keys and paused kinds: what may not run now stands aside, and delays nobody."""
 
 import asyncio
+import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -48,6 +49,26 @@ async def test_no_more_jobs_of_a_key_run_than_its_limit_however_many_workers_cla
     assert sum(len(claims) for claims in taken) == limit
     places = await engine.database.fetch("SELECT concurrency_place FROM jobs WHERE state = 'running'")
     assert sorted(row[0] for row in places) == list(range(1, limit + 1))
+
+
+async def test_workers_that_claim_many_keys_at_once_do_not_wait_for_each_other(engine: Engine) -> None:
+    deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    before = await engine.database.fetchval(deadlocks)
+    order = random.Random(1)
+    for turn in range(4):
+        keys = [f"{turn} {number}" for number in range(50)] * 2
+        order.shuffle(keys)
+        ids = [await submit(engine, key, limit=2) for key in keys]
+        await engine.lifecycle.close()
+
+        # Each half has its keys in another order.
+        halves = ids[::2], ids[1::2]
+        claimed = await asyncio.gather(*(engine.lifecycle.claim(half, [KIND], f"worker {half[0]}") for half in halves))
+
+        assert 50 <= sum(map(len, claimed)) <= 100
+        await engine.database.execute("UPDATE jobs SET state = 'succeeded', finished_at = now()")
+    await engine.database.execute("SELECT pg_stat_force_next_flush()")
+    assert await engine.database.fetchval(deadlocks) == before
 
 
 async def test_a_backlog_of_a_key_stands_aside_and_comes_in_order(engine: Engine) -> None:
@@ -100,6 +121,19 @@ async def test_a_place_freed_in_an_outage_is_found_by_the_scan(engine: Engine) -
     assert await standing(engine) == []
     await engine.lifecycle.unpark()
     assert await standing(engine) == [second]
+
+
+async def test_the_scan_comes_to_every_key_though_it_looks_at_a_few_at_a_time(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("headway.lifecycle.MOST_KEYS", 2)
+    ids = [await submit(engine, f"key {number}") for number in range(5)]
+    await standing(engine)
+    for _ in range(2):
+        await engine.database.execute("UPDATE jobs SET parked = true")
+        for _ in range(3):
+            await engine.lifecycle.unpark()
+        assert await standing(engine) == ids
 
 
 async def test_workers_run_keyed_jobs_one_at_a_time_to_the_last(engine: Engine) -> None:

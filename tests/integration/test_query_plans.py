@@ -15,6 +15,7 @@ from psycopg.types.json import Json
 from uuid_utils.compat import uuid7
 
 from headway.embedded import Embedded
+from headway.lifecycle import FIRST_KEY
 from headway.store import files, groups, live, reads, retention, rooms, sets, sql
 from tests.engine import Engine
 from tests.engine import engine as make_engine
@@ -163,7 +164,7 @@ async def test_promote(engine: Engine, planning: psycopg.Connection) -> None:
 
 
 async def test_concurrency_keys(engine: Engine, planning: psycopg.Connection) -> None:
-    explain(planning, sql.KEYS)
+    explain(planning, sql.KEYS, *FIRST_KEY, 500)
     explain(planning, sql.UNPARK, [engine.tenant.id] * 10, [f"key {n}" for n in range(10)])
 
 
@@ -181,7 +182,8 @@ async def test_groups(engine: Engine, planning: psycopg.Connection) -> None:
         parent,
     )
     await engine.database.execute("UPDATE jobs SET parent_id = $1 WHERE id = ANY($2)", parent, others)
-    explain(planning, sql.TALLY, 1000)
+    explain(planning, groups.WAITING, UUID(int=0), 50)
+    explain(planning, sql.TALLY, [parent])
     explain(planning, sql.WAKE, 1000)
     explain(planning, groups.ORPHANS, 500)
     explain(planning, groups.CHILDREN, engine.tenant.id, [key] * 100)
@@ -205,6 +207,7 @@ async def test_report_renew_and_finish(engine: Engine, planning: psycopg.Connect
     records = [{"id": str(job_id), "token": 1, "progress": {}} for job_id in running]
     explain(planning, sql.REPORT, records)
     explain(planning, sql.RENEW, running, [1] * len(running), timedelta(seconds=15))
+    explain(planning, sql.RENEW_CLAIMED, "a worker", running[1:], timedelta(seconds=15))
     endings = [record | {"state": "succeeded", "artifacts": []} for record in records]
     explain(planning, sql.FINISH, endings)
 
