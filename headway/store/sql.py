@@ -21,10 +21,16 @@ RUN_AT = f"to_char(run_at AT TIME ZONE 'UTC', {FORM})"
 # Queued jobs are run by position: start-time fair queueing over the flows of each tenant and priority. A new job stands
 # a step behind the last of its flow, or at the head of the whole queue if its flow is empty; a step is 1 for high, 4
 # for normal, 16 for low. So tenants take turns, high goes before low, and no flow waits for ever. The fraction lets
-# high go first among equals.
+# high go first among equals. Jobs of paused kinds are not the head: it would stand still, and whoever comes with an
+# empty flow go before all who wait.
 FLOWS = """
     SELECT tenant_id, priority, greatest(
-        (SELECT floor(min(position)) FROM jobs WHERE state = 'queued' AND NOT parked),
+        (
+            SELECT floor(min(first.position)) FROM kinds CROSS JOIN LATERAL (
+                SELECT position FROM jobs WHERE state = 'queued' AND kind = kinds.name AND crashes < 2 AND NOT parked
+                ORDER BY position, id LIMIT 1
+            ) first WHERE kinds.paused_at IS NULL
+        ),
         (
             SELECT floor(max(position)) + power(4, f.priority) FROM jobs q
             WHERE q.state = 'queued' AND q.tenant_id = f.tenant_id AND q.priority = f.priority

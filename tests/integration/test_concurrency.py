@@ -181,3 +181,35 @@ async def test_a_paused_kind_starts_nothing_and_delays_nobody_until_it_is_resume
     assert await standing(engine) == []
     await engine.database.execute("UPDATE kinds SET paused_at = NULL WHERE name = $1", KIND)
     assert await standing(engine) == [job_id]
+
+
+@pytest.mark.parametrize("there_is_a_paused_one", [False, True])
+async def test_a_job_of_a_paused_kind_lets_no_tenant_starve(engine: Engine, there_is_a_paused_one: bool) -> None:
+    schemas: dict[str, Any] = {"input_schema": {}, "result_schema": {}}
+    names = KIND, "kind.that_is_paused"
+    await engine.store.announce_kinds(
+        [{"name": name, "description": "", "timeout": 1, "max_attempts": 1, **schemas} for name in names]
+    )
+    await engine.database.execute("UPDATE kinds SET paused_at = now() WHERE name = $1", names[1])
+    if there_is_a_paused_one:
+        await engine.submit_kind(names[1], {})
+    waiting, coming = await make_tenant(engine.database, "waits"), await make_tenant(engine.database, "comes again")
+
+    async def run_next() -> UUID:
+        claim = await engine.claim((await engine.store.ready([KIND], 1, "a worker of the test"))[0])
+        await engine.lifecycle.finish(Ending(claim, JobState.SUCCEEDED))
+        return claim.tenant_id
+
+    for _ in range(60):
+        await submit(engine, None, tenant_id=waiting.id)
+    for _ in range(20):
+        await run_next()
+    begun: Counter[UUID] = Counter()
+    for _ in range(40):
+        # Some more as soon as the last of them has begun.
+        if begun[coming.id] % 5 == 0:
+            for _ in range(5):
+                await submit(engine, None, tenant_id=coming.id)
+        begun[await run_next()] += 1
+
+    assert begun[waiting.id] >= 15
