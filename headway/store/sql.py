@@ -139,7 +139,7 @@ SUSPECTED = "SELECT FROM jobs WHERE state = 'running' AND worker = $3 AND crashe
 # $1: ids, $2: kinds this worker knows, $3: worker, $4: lease
 CLAIM = f"""
 WITH queued AS (
-    SELECT id, tenant_id, crashes, concurrency_key, concurrency_limit FROM jobs
+    SELECT id, tenant_id, position, crashes, concurrency_key, concurrency_limit FROM jobs
     WHERE id = ANY($1::uuid[]) AND state || '' = 'queued' AND kind = ANY(ARRAY(
         SELECT kind FROM unnest($2::text[]) AS k (kind)
         WHERE NOT EXISTS (SELECT FROM kinds WHERE name = k.kind AND paused_at IS NOT NULL)
@@ -158,7 +158,10 @@ WITH queued AS (
         WHERE NOT EXISTS (
             SELECT FROM jobs r WHERE r.tenant_id = q.tenant_id AND r.concurrency_key = q.concurrency_key
                 AND r.state = 'running' AND r.concurrency_place = place
-        )
+        ) AND q.turn + (
+            SELECT count(*) FROM jobs r
+            WHERE r.tenant_id = q.tenant_id AND r.concurrency_key = q.concurrency_key AND r.state = 'running'
+        ) <= q.concurrency_limit
         ORDER BY place OFFSET q.turn - 1 LIMIT 1
     ) free ON true
 ), parked AS (
@@ -166,7 +169,8 @@ WITH queued AS (
     RETURNING jobs.id, jobs.tenant_id, jobs.concurrency_key
 ), ready AS (
     SELECT id, place FROM (
-        SELECT id, crashes, placed.place, row_number() OVER (PARTITION BY crashes > 1) AS suspect
+        SELECT id, crashes, placed.place,
+            row_number() OVER (PARTITION BY crashes > 1 ORDER BY position, id) AS suspect
         FROM queued LEFT JOIN placed USING (id) WHERE concurrency_key IS NULL OR placed.place IS NOT NULL
     ) queued
     WHERE crashes < 2 OR suspect = 1 AND NOT EXISTS ({SUSPECTED})
@@ -346,15 +350,17 @@ WHERE jobs.id = $1 AND jobs.token = $2
 def _release(which: str) -> str:
     """Give running jobs back to the queue without counting the attempt; one that was to be cancelled is cancelled."""
     return f"""
-WITH released AS (
+WITH held AS (
+    SELECT id FROM jobs WHERE state = 'running' AND {which} ORDER BY id FOR NO KEY UPDATE
+), released AS (
     UPDATE jobs SET
         state = CASE WHEN cancel_requested_at IS NULL THEN 'queued' ELSE 'cancelled' END,
         attempt = CASE WHEN cancel_requested_at IS NULL THEN attempt - 1 ELSE attempt END,
         finished_at = CASE WHEN cancel_requested_at IS NOT NULL THEN now() END,
         interruptions = interruptions + 1, seq = seq + 1,
         lease_expires_at = NULL, worker = NULL, concurrency_place = NULL
-    WHERE state = 'running' AND {which}
-    RETURNING id, tenant_id, concurrency_key, kind, state, attempt, epoch, seq, position
+    FROM held WHERE jobs.id = held.id
+    RETURNING jobs.id, tenant_id, concurrency_key, kind, state, attempt, epoch, seq, position
 ), told AS (
     INSERT INTO events (job_id, seq, type, data)
     SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}, 'reason', 'interrupted')

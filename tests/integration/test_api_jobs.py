@@ -278,13 +278,22 @@ async def test_a_part_of_an_artifact_is_downloaded(
             assert part.headers["Content-Range"] == f"bytes {start}-{end - 1}/1024"
             assert part.headers["Content-Length"] == str(end - start)
             assert part.headers["ETag"] == etag
-        for asked in ("bytes=1024-", "bytes=-0", "bytes=5-2"):
+        for asked in ("bytes=1024-", "bytes=-0"):
             unmet = await http.get(path, headers={"Range": asked})
             assert (unmet.status_code, unmet.headers["Content-Range"]) == (416, "bytes */1024"), asked
         unmet = await http.get(path.replace("a.bin", "empty"), headers={"Range": "bytes=0-"})
         assert (unmet.status_code, unmet.headers["Content-Range"]) == (416, "bytes */0")
         # What is not one range of bytes is passed over.
-        for asked in ("items=0-1", "bytes=", "bytes=-", "bytes=a-b", "bytes=0-1,5-6", "0-1", f"bytes=0-{'9' * 5000}"):
+        for asked in (
+            "items=0-1",
+            "bytes=",
+            "bytes=-",
+            "bytes=a-b",
+            "bytes=5-2",
+            "bytes=0-1,5-6",
+            "0-1",
+            f"bytes=0-{'9' * 5000}",
+        ):
             whole = await http.get(path, headers={"Range": asked})
             assert (whole.status_code, whole.content) == (200, content), asked
         assert (await http.get(path, headers={"Range": "bytes=0-1", "If-Range": etag})).status_code == 206

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from headway import JobContext
 from headway.embedded import Embedded
-from headway.job import Ending
+from headway.job import Ending, Priority
 from headway.states import JobState
 from tests.conftest import make_tenant, until
 from tests.engine import Engine, worker
@@ -110,6 +110,20 @@ async def test_keys_of_two_tenants_and_two_names_are_apart(engine: Engine) -> No
     c = await submit(engine, "mail", tenant_id=other.id)
     assert set(await standing(engine)) == {a, b, c}
     assert len(await engine.lifecycle.claim([a, b, c], [KIND], "a worker")) == 3
+
+
+async def test_a_job_with_a_lower_limit_waits_until_as_few_run(engine: Engine) -> None:
+    alone = await submit(engine, "mail")
+    assert await standing(engine) == [alone]
+    pair = [await submit(engine, "mail", limit=2, priority=Priority.HIGH) for _ in range(2)]
+    await standing(engine)
+    first, second = [await engine.claim(job_id) for job_id in pair]
+    await engine.lifecycle.finish(Ending(first, JobState.SUCCEEDED))
+
+    assert await engine.lifecycle.claim([alone], [KIND], "a worker") == []
+    await engine.lifecycle.finish(Ending(second, JobState.SUCCEEDED))
+    assert await standing(engine) == [alone]
+    assert len(await engine.lifecycle.claim([alone], [KIND], "a worker")) == 1
 
 
 async def test_a_place_freed_in_an_outage_is_found_by_the_scan(engine: Engine) -> None:

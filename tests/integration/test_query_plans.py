@@ -115,20 +115,23 @@ def explain(planning: psycopg.Connection, statement: str, *values: Any) -> None:
     execute = "EXECUTE it"
     if values:
         execute += f" ({', '.join(Literal(_literal(value)).as_string(planning) for value in values)})"
-    planning.execute(f"PREPARE it AS {statement}")
-    for _ in range(10):
-        planning.execute("SAVEPOINT before")
-        [explained] = planning.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {execute}").fetchone()[0]
-        planning.execute("ROLLBACK TO before")
-        shown = json.dumps(explained, indent=1)
-        for node in nodes(explained["Plan"]):
-            if node.get("Relation Name") in LARGE:
-                assert node["Node Type"] != "Seq Scan", shown
-                assert node.get("Rows Removed by Filter", 0) <= 1000, shown
-        blocks = explained["Plan"]["Shared Hit Blocks"] + explained["Plan"]["Shared Read Blocks"]
-        assert blocks <= MOST_BLOCKS, f"{blocks} blocks: {shown}"
-    planning.execute("DEALLOCATE it")
-    planning.rollback()
+    try:
+        planning.execute(f"PREPARE it AS {statement}")
+        for _ in range(10):
+            planning.execute("SAVEPOINT before")
+            [explained] = planning.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {execute}").fetchone()[0]
+            planning.execute("ROLLBACK TO before")
+            shown = json.dumps(explained, indent=1)
+            for node in nodes(explained["Plan"]):
+                if node.get("Relation Name") in LARGE:
+                    assert node["Node Type"] != "Seq Scan", shown
+                    assert node.get("Rows Removed by Filter", 0) <= 1000, shown
+            blocks = explained["Plan"]["Shared Hit Blocks"] + explained["Plan"]["Shared Read Blocks"]
+            assert blocks <= MOST_BLOCKS, f"{blocks} blocks: {shown}"
+    finally:
+        planning.rollback()
+        planning.execute("DEALLOCATE ALL")
+        planning.rollback()
 
 
 def _literal(value: Any) -> Any:

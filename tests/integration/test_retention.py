@@ -119,7 +119,9 @@ async def test_the_bytes_go_with_the_job_those_of_a_killed_attempt_too(engine: E
 
 async def test_a_child_stays_until_its_parent_has_read_its_result(engine: Engine) -> None:
     parent = await engine.submit_kind("test.call", {})
-    child = await ended(engine, 20, parent_id=parent)
+    claim = await engine.claim(parent)
+    child = await ended(engine, 20, parent_id=parent, parent_token=claim.token)
+    await engine.lifecycle.release(claim)
     assert await retention(engine).sweep() == 0
     await engine.lifecycle.cancel(parent, engine.tenant.id)
     assert await retention(engine).sweep() == 1
