@@ -64,6 +64,8 @@ async def serve(config: Settings) -> None:
     async def ready() -> str | None:
         if server.should_exit:
             return "draining"
+        if not server.started:
+            return "starting"
         try:
             return None if await app.store.ready_check() else "the database is not migrated, or takes no writes"
         except OUTAGES as error:
