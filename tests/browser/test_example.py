@@ -27,6 +27,8 @@ async def test_two_browsers_in_one_room_on_one_running_job(
         await say(ada, "It runs.")
         await until(lambda: said(grace, ["ada: It runs."]))
         await say(grace, INERT)
+        # The page sends on its own connection: only what it has been shown is before what a program sends.
+        await until(lambda: said(grace, ["ada: It runs.", f"grace: {INERT}"]))
         await client.room(f"job:{job['id']}").send("from a program")
         expected = ["ada: It runs.", f"grace: {INERT}", "test: from a program"]
         for page in (ada, grace):

@@ -52,6 +52,8 @@ async def test_readers_that_do_not_keep_up_are_let_go_and_others_get_all(engine:
     ]
     bad = len(trickling) + len(stalled)
     await until(lambda: _open(web, bad + len(listeners)))
+    # A line that is written before a listener's snapshot is in it, and does not come apart.
+    await until(lambda: checker.counts["snapshot"] == len(listeners))
     trickle = asyncio.create_task(_trickle(trickling))
     before = _memory(web)
     try:
