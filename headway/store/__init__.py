@@ -308,6 +308,10 @@ class Store:
     async def announce_kinds(self, kinds: Sequence[Mapping[str, Any]]) -> None:
         await self.rows(reads.ANNOUNCE_KINDS, kinds)
 
+    async def keep_announced(self, kinds: Sequence[str]) -> None:
+        """Say that a worker still runs these: to be called at least every few minutes."""
+        await self.rows(reads.KEEP_ANNOUNCED, kinds)
+
     async def kinds(self) -> list[dict[str, Any]]:
         return [dict(row) for row in await self.rows(reads.KINDS)]
 

@@ -82,6 +82,11 @@ ON CONFLICT (name) DO UPDATE SET
     input_schema = excluded.input_schema, result_schema = excluded.result_schema, announced_at = excluded.announced_at
 """
 
+# Keep kinds announced that a worker runs. $1: names
+KEEP_ANNOUNCED = """
+UPDATE kinds SET announced_at = now() WHERE name = ANY($1::text[]) AND announced_at < now() - interval '1 minute'
+"""
+
 KINDS = f"""
 SELECT name, description, timeout, max_attempts, input_schema, result_schema,
     to_char(paused_at AT TIME ZONE 'UTC', {FORM}) AS paused_at

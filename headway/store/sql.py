@@ -18,27 +18,44 @@ FORM = """'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'"""
 AT = f"(SELECT to_char(now() AT TIME ZONE 'UTC', {FORM}))"
 RUN_AT = f"to_char(run_at AT TIME ZONE 'UTC', {FORM})"
 
-# Queued jobs are run by position: start-time fair queueing over the flows of each tenant and priority. A new job stands
-# a step behind the last of its flow, or at the head of the whole queue if its flow is empty; a step is 1 for high, 4
-# for normal, 16 for low. So tenants take turns, high goes before low, and no flow waits for ever. The fraction lets
-# high go first among equals. Jobs of paused kinds are not the head: it would stand still, and whoever comes with an
-# empty flow go before all who wait.
-FLOWS = """
-    SELECT tenant_id, priority, greatest(
+# Kinds of which no job is begun: those that are paused, and those that no worker has announced for a while, though
+# others were.
+IDLE = """
+    SELECT name FROM kinds WHERE paused_at IS NOT NULL
+        OR announced_at < (SELECT max(announced_at) FROM kinds) - interval '5 minutes'"""
+
+
+def _flows(turn: str = "0") -> str:
+    """Where each flow of `f` goes on, one with nothing in the queue `turn` behind its head.
+
+    Queued jobs are run by position: start-time fair queueing over the flows of each tenant and priority. A new job
+    stands a step behind the last of its flow, or at the head of the whole queue if its flow is empty; a step is 1 for
+    high, 4 for normal, 16 for low. So tenants take turns, high goes before low, and no flow waits for ever. The
+    fraction of a place lets high go first among equals. Jobs of idle kinds are not the head: it would stand still, and
+    whoever comes with an empty flow go before all who wait. What is parked keeps its order behind all of its flow, and
+    puts off nobody: the others stand behind the last that is not parked, and so does a parked one that is let in.
+    """
+    return f"""
+    SELECT tenant_id, priority, keyed, greatest(
         (
-            SELECT floor(min(first.position)) FROM kinds CROSS JOIN LATERAL (
+            SELECT floor(min(first.position)) + {turn} FROM kinds CROSS JOIN LATERAL (
                 SELECT position FROM jobs WHERE state = 'queued' AND kind = kinds.name AND crashes < 2 AND NOT parked
                 ORDER BY position, id LIMIT 1
-            ) first WHERE kinds.paused_at IS NULL
+            ) first WHERE kinds.name <> ALL (ARRAY({IDLE}))
         ),
-        (
+        CASE WHEN keyed THEN (
             SELECT floor(max(position)) + power(4, f.priority) FROM jobs q
             WHERE q.state = 'queued' AND q.tenant_id = f.tenant_id AND q.priority = f.priority
-        ),
+        ) ELSE (
+            SELECT floor(max(position)) + power(4, f.priority) FROM jobs q
+            WHERE q.state = 'queued' AND q.tenant_id = f.tenant_id AND q.priority = f.priority AND NOT parked
+        ) END,
         0
     ) AS start FROM f"""
+
+
 PLACE = """start + priority / 4.0
-        + power(4, priority) * (row_number() OVER (PARTITION BY tenant_id, priority ORDER BY id) - 1)"""
+        + power(4, priority) * (row_number() OVER (PARTITION BY tenant_id, priority, keyed ORDER BY id) - 1)"""
 
 # Insert jobs, each with its first event. One that is there already is left out of the answer: it came with an
 # idempotency key that is taken, or it is sent again because the answer was lost.
@@ -48,7 +65,8 @@ PLACE = """start + priority / 4.0
 # concurrency_limit, parent_id, parent_token, depth, retry_of, idempotency_key, digest}]
 SUBMIT = f"""
 WITH r AS (
-    SELECT * FROM jsonb_to_recordset($1::jsonb) AS r (
+    SELECT *, concurrency_key IS NOT NULL AS keyed, coalesce(run_at, now() + delay * interval '1 second') AS due
+    FROM jsonb_to_recordset($1::jsonb) AS r (
         id uuid, tenant_id uuid, kind text, input jsonb, tags text[], priority smallint, timeout float8,
         max_attempts int, run_at timestamptz, delay float8, concurrency_key text, concurrency_limit smallint,
         parent_id uuid, parent_token bigint, depth smallint, retry_of uuid, idempotency_key text, digest text
@@ -58,8 +76,8 @@ WITH r AS (
     JOIN (SELECT DISTINCT parent_id, parent_token FROM r) p ON jobs.id = p.parent_id AND jobs.token = p.parent_token
     WHERE jobs.state = 'running' ORDER BY jobs.id FOR SHARE OF jobs
 ), f AS (
-    SELECT DISTINCT tenant_id, priority FROM r
-), flows AS ({FLOWS}
+    SELECT DISTINCT tenant_id, priority, keyed FROM r
+), flows AS ({_flows()}
 ), new AS (
     INSERT INTO jobs (
         id, tenant_id, kind, state, input, tags, priority, timeout, max_attempts, run_at, position,
@@ -67,10 +85,8 @@ WITH r AS (
     )
     SELECT id, tenant_id, kind, CASE WHEN due > now() THEN 'scheduled' ELSE 'queued' END, coalesce(input, 'null'),
         tags, priority, timeout, max_attempts, due, {PLACE},
-        concurrency_key, concurrency_limit, concurrency_key IS NOT NULL, parent_id, depth, retry_of,
-        idempotency_key, digest, 1
-    FROM (SELECT *, coalesce(run_at, now() + delay * interval '1 second') AS due FROM r) r
-    JOIN flows USING (tenant_id, priority)
+        concurrency_key, concurrency_limit, keyed, parent_id, depth, retry_of, idempotency_key, digest, 1
+    FROM r JOIN flows USING (tenant_id, priority, keyed)
     WHERE parent_id IS NULL OR parent_id IN (SELECT id FROM parents)
     ON CONFLICT DO NOTHING
     RETURNING {JOB}, position
@@ -97,15 +113,15 @@ def _queue(which: str) -> str:
     """Queue scheduled jobs: those that `which`, a condition and an order, selects."""
     return f"""
 WITH r AS (
-    SELECT id, tenant_id, priority FROM jobs WHERE state = 'scheduled' AND {which} LIMIT $1 FOR UPDATE SKIP LOCKED
+    SELECT id, tenant_id, priority, concurrency_key IS NOT NULL AS keyed
+    FROM jobs WHERE state = 'scheduled' AND {which} LIMIT $1 FOR UPDATE SKIP LOCKED
 ), f AS (
-    SELECT DISTINCT tenant_id, priority FROM r
-), flows AS ({FLOWS}
+    SELECT DISTINCT tenant_id, priority, keyed FROM r
+), flows AS ({_flows()}
 ), placed AS (
-    SELECT id, {PLACE} AS position FROM r JOIN flows USING (tenant_id, priority)
+    SELECT id, keyed, {PLACE} AS position FROM r JOIN flows USING (tenant_id, priority, keyed)
 ), queued AS (
-    UPDATE jobs SET
-        state = 'queued', position = placed.position, seq = seq + 1, parked = concurrency_key IS NOT NULL
+    UPDATE jobs SET state = 'queued', position = placed.position, seq = seq + 1, parked = keyed
     FROM placed WHERE jobs.id = placed.id
     RETURNING jobs.id, jobs.tenant_id, jobs.concurrency_key, jobs.state, jobs.attempt, jobs.epoch, jobs.seq,
         jobs.position
@@ -192,30 +208,39 @@ SELECT id, tenant_id, NULL, NULL, NULL, NULL, concurrency_key, NULL, NULL, NULL,
 FROM parked
 """
 
-# Let those parked jobs stand in the queue that are next in line for the free places of their keys.
+# Let those parked jobs stand in the queue that are next in line for the free places of their keys, each behind the last
+# of its flow that is not parked, or where it stood if that is nearer. If the flow is empty, another of the key has just
+# had its turn: this one comes a step behind the head.
 # $1: tenants, $2: the concurrency key of each
-UNPARK = """
+UNPARK = f"""
 WITH k AS (
     SELECT k.tenant_id, k.key, (
         SELECT count(*) FROM jobs
         WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'running'
     ) AS running, (
         SELECT concurrency_limit FROM jobs
-        WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued' ORDER BY position, id LIMIT 1
+        WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued' AND kind <> ALL (ARRAY({IDLE}))
+        ORDER BY position, id LIMIT 1
     ) AS places
     FROM unnest($1::uuid[], $2::text[]) AS k (tenant_id, key)
 ), next AS (
     SELECT q.id FROM k CROSS JOIN LATERAL (
         SELECT id, parked, concurrency_limit, row_number() OVER (ORDER BY position, id) AS turn FROM jobs
-        WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued'
-            AND kind <> ALL (ARRAY(SELECT name FROM kinds WHERE paused_at IS NOT NULL))
+        WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued' AND kind <> ALL (ARRAY({IDLE}))
         ORDER BY position, id LIMIT k.places
     ) q WHERE q.parked AND q.turn <= q.concurrency_limit - k.running
-), held AS (
-    SELECT id FROM jobs WHERE id IN (SELECT id FROM next) AND state = 'queued' AND parked
+), r AS (
+    SELECT id, tenant_id, priority, false AS keyed FROM jobs
+    WHERE id IN (SELECT id FROM next) AND state = 'queued' AND parked
     ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
+), f AS (
+    SELECT DISTINCT tenant_id, priority, keyed FROM r
+), flows AS ({_flows("power(4, f.priority)")}
+), placed AS (
+    SELECT id, {PLACE} AS position FROM r JOIN flows USING (tenant_id, priority, keyed)
 )
-UPDATE jobs SET parked = false FROM held WHERE jobs.id = held.id RETURNING jobs.id, jobs.position
+UPDATE jobs SET parked = false, position = least(jobs.position, placed.position)
+FROM placed WHERE jobs.id = placed.id RETURNING jobs.id, jobs.position
 """
 
 # The concurrency keys of queued jobs, in order, one row of the index for each. $1: tenant and $2: key after which to

@@ -172,41 +172,55 @@ async def test_workers_run_keyed_jobs_one_at_a_time_to_the_last(engine: Engine) 
     assert all(most[f"key {n}"] <= n + 1 for n in range(3)), most
 
 
-async def test_a_paused_kind_does_not_hold_up_others_of_its_key(engine: Engine) -> None:
-    schemas: dict[str, Any] = {"input_schema": {}, "result_schema": {}}
-    paused = {"name": "kind.that_is_paused", "description": "", "timeout": 1, "max_attempts": 1, **schemas}
-    await engine.store.announce_kinds([paused])
-    await engine.database.execute("UPDATE kinds SET paused_at = now() WHERE name = $1", paused["name"])
-    await engine.submit_kind(paused["name"], {}, concurrency_key="mail")
+IDLE = {
+    "paused": "UPDATE kinds SET paused_at = now() WHERE name = $1",
+    "run by no worker any more": "UPDATE kinds SET announced_at = now() - interval '10 minutes' WHERE name = $1",
+}
+
+
+async def announce(engine: Engine, *names: str) -> None:
+    more = {"description": "", "timeout": 1, "max_attempts": 1, "input_schema": {}, "result_schema": {}}
+    await engine.store.announce_kinds([{"name": name, **more} for name in names])
+
+
+@pytest.mark.parametrize("idle", IDLE)
+async def test_a_kind_that_is_idle_does_not_hold_up_others_of_its_key(engine: Engine, idle: str) -> None:
+    await announce(engine, KIND, "kind.that_is_idle")
+    await engine.database.execute(IDLE[idle], "kind.that_is_idle")
+    await engine.submit_kind("kind.that_is_idle", {}, concurrency_key="mail")
     other = await submit(engine, "mail")
     assert await standing(engine) == [other]
 
 
+async def test_kinds_stay_announced_while_workers_run_them(engine: Engine) -> None:
+    await announce(engine, KIND, "kind.that_is_idle")
+    await engine.database.execute("UPDATE kinds SET announced_at = now() - interval '2 minutes'")
+
+    await engine.store.keep_announced([KIND])
+
+    late = await engine.database.fetch("SELECT name FROM kinds WHERE announced_at < now() - interval '1 minute'")
+    assert [row["name"] for row in late] == ["kind.that_is_idle"]
+
+
 async def test_a_paused_kind_starts_nothing_and_delays_nobody_until_it_is_resumed(engine: Engine) -> None:
-    announced = {"name": KIND, "description": "", "timeout": 1, "max_attempts": 1}
-    announced |= {"input_schema": {}, "result_schema": {}}
     job_id = await submit(engine, None)
-    await engine.store.announce_kinds([announced])
+    await announce(engine, KIND)
     await engine.database.execute("UPDATE kinds SET paused_at = now() WHERE name = $1", KIND)
     assert await standing(engine) == []
     assert await engine.lifecycle.claim([job_id], [KIND], "a worker") == []
     # A worker that starts announces its kinds; that does not resume them.
-    await engine.store.announce_kinds([announced])
+    await announce(engine, KIND)
     assert await standing(engine) == []
     await engine.database.execute("UPDATE kinds SET paused_at = NULL WHERE name = $1", KIND)
     assert await standing(engine) == [job_id]
 
 
-@pytest.mark.parametrize("there_is_a_paused_one", [False, True])
-async def test_a_job_of_a_paused_kind_lets_no_tenant_starve(engine: Engine, there_is_a_paused_one: bool) -> None:
-    schemas: dict[str, Any] = {"input_schema": {}, "result_schema": {}}
-    names = KIND, "kind.that_is_paused"
-    await engine.store.announce_kinds(
-        [{"name": name, "description": "", "timeout": 1, "max_attempts": 1, **schemas} for name in names]
-    )
-    await engine.database.execute("UPDATE kinds SET paused_at = now() WHERE name = $1", names[1])
-    if there_is_a_paused_one:
-        await engine.submit_kind(names[1], {})
+@pytest.mark.parametrize("idle", [None, *IDLE])
+async def test_a_job_of_an_idle_kind_lets_no_tenant_starve(engine: Engine, idle: str | None) -> None:
+    await announce(engine, KIND, "kind.that_is_idle")
+    if idle is not None:
+        await engine.database.execute(IDLE[idle], "kind.that_is_idle")
+        await engine.submit_kind("kind.that_is_idle", {})
     waiting, coming = await make_tenant(engine.database, "waits"), await make_tenant(engine.database, "comes again")
 
     async def run_next() -> UUID:
@@ -227,3 +241,23 @@ async def test_a_job_of_a_paused_kind_lets_no_tenant_starve(engine: Engine, ther
         begun[await run_next()] += 1
 
     assert begun[waiting.id] >= 15
+
+
+async def test_what_stands_aside_for_a_key_puts_off_nothing_else_of_its_tenant(engine: Engine) -> None:
+    await announce(engine, KIND)
+    other = await make_tenant(engine.database, "comes all the time")
+    keyed = [await submit(engine, "mail") for _ in range(50)]
+    unkeyed = await submit(engine, None)
+    turns = []
+    for _ in range(12):
+        # There is always something new of the other tenant.
+        for _ in range(2):
+            await submit(engine, None, tenant_id=other.id)
+        turns.append((await standing(engine))[0])
+        await engine.lifecycle.finish(Ending(await engine.claim(turns[-1]), JobState.SUCCEEDED))
+
+    mine = [job_id for job_id in turns if job_id == unkeyed or job_id in keyed]
+    assert unkeyed in mine[:3]
+    # The tenant has its half of the turns, and its key's jobs come in order.
+    assert 5 <= len(mine) <= 7
+    assert [job_id for job_id in mine if job_id != unkeyed] == keyed[: len(mine) - 1]

@@ -116,10 +116,12 @@ class Job(models.Model):
         ]
         indexes: ClassVar = [
             models.Index(
-                fields=["position", "id"], name="jobs_by_position", condition=models.Q(state="queued", parked=False)
+                fields=["tenant", "priority", "position"], name="jobs_flows", condition=models.Q(state="queued")
             ),
             models.Index(
-                fields=["tenant", "priority", "position"], name="jobs_flows", condition=models.Q(state="queued")
+                fields=["tenant", "priority", "position"],
+                name="jobs_flows_unparked",
+                condition=models.Q(state="queued", parked=False),
             ),
             models.Index(
                 fields=["kind", "position", "id"],
