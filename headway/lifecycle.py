@@ -73,11 +73,13 @@ class Lifecycle:
         return job, first is None
 
     async def submitted_before(self, new: NewJob) -> Job | None:
-        """The job that this request with this idempotency key made, if it did.
+        """The job that this request made before, if it has an idempotency key and did.
 
         Raises KeyReused as `submit` does.
         """
-        if (found := await self._store.submitted_before(new.as_record())) is None:
+        if new.idempotency_key is None:
+            return None
+        if (found := await self._store.submitted_before(new.tenant_id, new.idempotency_key)) is None:
             return None
         job, first = found
         _check_same(first, new)

@@ -127,8 +127,9 @@ class Store:
         rows: dict[UUID, tuple[Job, float, str | None]] = {
             row["id"]: (as_job(row), row["position"], None) for row in await self.rows(sql.SUBMIT, jobs)
         }
-        if missing := [_asked(job) for job in jobs if UUID(job["id"]) not in rows]:
-            for row in await self.rows(sql.REPLAY, missing):
+        if missing := [job for job in jobs if UUID(job["id"]) not in rows]:
+            wanted = [{name: job[name] for name in ("id", "tenant_id", "idempotency_key")} for job in missing]
+            for row in await self.rows(sql.REPLAY, wanted):
                 first = None if row["asked"] == row["id"] else row["request_digest"]
                 rows[row["asked"]] = (as_job(row), row["position"], first)
             if gone := [job for job in jobs if UUID(job["id"]) not in rows]:
@@ -139,9 +140,9 @@ class Store:
                 rows |= {UUID(job["id"]): row for job, row in zip(gone, written, strict=True)}
         return [rows[UUID(job["id"])] for job in jobs]
 
-    async def submitted_before(self, job: Mapping[str, Any]) -> tuple[Job, str] | None:
-        """The job that has the idempotency key of this one, and the digest of the request that made it."""
-        rows = await self.rows(sql.REPLAY, [_asked(job)])
+    async def submitted_before(self, tenant_id: UUID, idempotency_key: str) -> tuple[Job, str] | None:
+        """The tenant's job that has this key, and the digest of the request that made it."""
+        rows = await self.rows(sql.REPLAY, [{"tenant_id": str(tenant_id), "idempotency_key": idempotency_key}])
         return (as_job(rows[0]), rows[0]["request_digest"]) if rows else None
 
     async def promote(self, limit: int, *, waiting: bool = False) -> list[tuple[Event, float, Key | None]]:
@@ -336,11 +337,6 @@ def as_job(row: asyncpg.Record) -> Job:
             "priority": Priority(row["priority"]),
         }
     )
-
-
-def _asked(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What REPLAY finds a job by."""
-    return {name: job[name] for name in ("id", "tenant_id", "idempotency_key")}
 
 
 def _claim(row: asyncpg.Record) -> Claim:

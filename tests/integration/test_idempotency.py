@@ -72,6 +72,24 @@ async def test_a_release_with_other_defaults_makes_it_no_other_request(
     assert (again.status_code, again.json()["id"]) == (200, first.json()["id"])
 
 
+@pytest.mark.parametrize("change", ["input_schema = 'false'", "name = 'demo.another'"])
+async def test_a_kind_that_takes_it_no_longer_makes_it_no_other_request(
+    service: Service, database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    first = await submit(service, "a")
+    await database.execute(f"UPDATE kinds SET {change} WHERE name = 'demo.countdown'")
+    monkeypatch.setattr("services.web.api.catalog.REMEMBERED", 0.0)
+
+    async def is_refused() -> bool:
+        return (await submit(service, uuid4().hex)).status_code == 422
+
+    await until(is_refused)
+    again = await submit(service, "a")
+    other = await submit(service, "a", {**JOB, "tags": ["x"]})
+    assert (again.status_code, again.json()["id"]) == (200, first.json()["id"])
+    assert other.json()["type"] == "urn:headway:problem:idempotency-key-reused"
+
+
 async def test_a_job_of_before_defaults_were_left_out_is_found(service: Service, database: asyncpg.Connection) -> None:
     first = await submit(service, "a")
     job = await database.fetchrow("SELECT * FROM jobs")

@@ -3,6 +3,7 @@
 import base64
 import re
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -155,31 +156,18 @@ async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
     With `Prefer: wait=N` the answer is held for N seconds, 60 at most: 200 with the job if it ends in that time.
     """
     request.only()
-    app, tenant_id = request.app, request.auth.tenant_id
-    entry = await app.catalog.check(job.kind, job.input)
-    new = NewJob(
-        tenant_id,
-        job.kind,
-        job.input,
-        job.tags,
-        Priority[job.priority.upper()],
-        job.timeout or entry.kind["timeout"],
-        job.max_attempts or entry.kind["max_attempts"],
-        run_at=timestamp(job.run_at),
-        delay=job.delay,
-        concurrency_key=job.concurrency_key,
-        concurrency_limit=job.concurrency_limit,
-        idempotency_key=idempotency_key(request),
-        left_out=[name for name in DEFAULTED if getattr(job, name) is None],
-    )
-    if job.run_at is None or -CLOCKS <= (job.run_at - datetime.now(UTC)).total_seconds() <= FARTHEST:
-        accepted, created = await app.lifecycle.submit(new)
-        return await submitted(request, accepted, created=created)
-    # Sent again after an outage, its time may have passed: that makes it no other request.
-    if (before := await app.lifecycle.submitted_before(new)) is None:
-        why = "lies more than a minute behind, or more than 400 days ahead; leave it out to run the job at once"
-        raise InvalidRequest(f"run_at: {why}.", errors=[{"field": "run_at", "message": why}])
-    return await submitted(request, before, created=False)
+    app = request.app
+    try:
+        kind = (await app.catalog.check(job.kind, job.input)).kind
+        _check_time(job)
+    except InvalidRequest:
+        # Sent again after an outage, its time may have passed, or a release have changed its kind: that makes it no
+        # other request.
+        if (before := await app.lifecycle.submitted_before(_new(request, job, {}))) is None:
+            raise
+        return await submitted(request, before, created=False)
+    accepted, created = await app.lifecycle.submit(_new(request, job, kind))
+    return await submitted(request, accepted, created=created)
 
 
 @router.get("", summary="List jobs, newest first")
@@ -275,6 +263,32 @@ async def list_failures(request: ApiRequest, job_id: UUID) -> HttpResponse:
     request.only()
     await find_job(request, job_id)
     return answer({"failures": await request.app.store.failures(job_id, request.auth.tenant_id)})
+
+
+def _check_time(job: Submission) -> None:
+    """Raises InvalidRequest."""
+    if job.run_at is not None and not -CLOCKS <= (job.run_at - datetime.now(UTC)).total_seconds() <= FARTHEST:
+        why = "lies more than a minute behind, or more than 400 days ahead; leave it out to run the job at once"
+        raise InvalidRequest(f"run_at: {why}.", errors=[{"field": "run_at", "message": why}])
+
+
+def _new(request: ApiRequest, job: Submission, kind: Mapping[str, Any]) -> NewJob:
+    """What is asked for; what the client left out is `kind`'s, or 0 if that does not say it."""
+    return NewJob(
+        request.auth.tenant_id,
+        job.kind,
+        job.input,
+        job.tags,
+        Priority[job.priority.upper()],
+        job.timeout or kind.get("timeout", 0),
+        job.max_attempts or kind.get("max_attempts", 0),
+        run_at=timestamp(job.run_at),
+        delay=job.delay,
+        concurrency_key=job.concurrency_key,
+        concurrency_limit=job.concurrency_limit,
+        idempotency_key=idempotency_key(request),
+        left_out=[name for name in DEFAULTED if getattr(job, name) is None],
+    )
 
 
 async def submitted(request: ApiRequest, job: Job, *, created: bool) -> HttpResponse:
