@@ -19,7 +19,7 @@ from headway.events import Events
 from headway.job import Claim, Ending, Event, Job
 from headway.queue import Queue
 from headway.states import JobState
-from headway.store import OUTAGES, REFUSALS, Key, Store
+from headway.store import OUTAGES, REFUSALS, REUSED, Key, Store, Submitted
 from headway.store.batch import Batch
 from headway.submission import NewJob, again
 
@@ -72,18 +72,33 @@ class Lifecycle:
             _check_same(first, new)
         return job, first is None
 
-    async def submitted_before(self, new: NewJob) -> Job | None:
-        """The job that this request made before, if it has an idempotency key and did.
+    async def submit_batch(self, batch: Sequence[NewJob]) -> tuple[list[Job], bool]:
+        """Accept jobs together: all are committed when this returns, or none is. False if all were there already.
 
         Raises KeyReused as `submit` does.
         """
-        if new.idempotency_key is None:
+        written = await self._insert([new.as_record() for new in batch], together=True)
+        self._accepted(written)
+        return [job for job, _, _ in written], any(first is None for _, _, first in written)
+
+    async def submitted_before(self, batch: Sequence[NewJob]) -> list[Job] | None:
+        """The jobs that this request made before, if it has an idempotency key and did.
+
+        Raises KeyReused as `submit` does.
+        """
+        if any(new.idempotency_key is None for new in batch):
             return None
-        if (found := await self._store.submitted_before(new.tenant_id, new.idempotency_key)) is None:
+        asked = [new.as_record() for new in batch]
+        found = await self._store.submitted_before(asked)
+        if len(found) < len(batch):
             return None
-        job, first = found
-        _check_same(first, new)
-        return job
+        jobs = []
+        for new, record in zip(batch, asked, strict=True):
+            job, _, first = found[UUID(record["id"])]
+            if first is not None:
+                _check_same(first, new)
+            jobs.append(job)
+        return jobs
 
     async def promote(self, limit: int, *, waiting: bool = False) -> int:
         """Queue scheduled jobs that are due, or, `waiting`, whose children have all ended; how many there were."""
@@ -240,26 +255,29 @@ class Lifecycle:
         return [job for job, _ in changed]
 
     async def _submit_all(self, jobs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[Job, str | None]]:
-        accepted = await self._insert(jobs)
-        for job, position, first in accepted:
+        written = await self._insert(jobs)
+        self._accepted(written)
+        return [(job, first) for job, _, first in written]
+
+    def _accepted(self, written: Sequence[Submitted]) -> None:
+        for job, position, first in written:
             if first is None:
                 metrics.series(metrics.jobs_submitted, job.kind).inc()
                 # A worker hears of it before those who only watch.
                 if job.state is JobState.QUEUED:
                     self._due(job.id, position, _key(job))
                 self._events.submitted(job.tenant_id)
-        return [(job, first) for job, _, first in accepted]
 
-    async def _insert(self, jobs: Sequence[Mapping[str, Any]]) -> Sequence[tuple[Job, float, str | None]]:
+    async def _insert(self, jobs: Sequence[Mapping[str, Any]], *, together: bool = False) -> Sequence[Submitted]:
         """Insert, once more if the connection broke: whether the first try was committed is then known."""
         began = time.monotonic()
         try:
-            return await self._store.submit(jobs)
+            return await self._store.submit(jobs, together=together)
         except OUTAGES:
             if time.monotonic() - began > SUBMIT_AGAIN:
                 raise
         await asyncio.sleep(SUBMIT_PAUSE)
-        return await self._store.submit(jobs)
+        return await self._store.submit(jobs, together=together)
 
     async def _report_all(
         self, reports: Sequence[tuple[Claim, Mapping[str, Any]]]
@@ -330,7 +348,7 @@ class Lifecycle:
 
 def _check_same(first: str, new: NewJob) -> None:
     if not new.is_request(first):
-        raise KeyReused("This Idempotency-Key came with another request before; use a new key for a new job.")
+        raise KeyReused(REUSED)
 
 
 def _key(job: Job | Claim) -> Key | None:

@@ -19,7 +19,8 @@ ASKED = ("kind", "input", "tags", "priority", "timeout", "max_attempts", "run_at
 class NewJob:
     """What a client asks for, already checked. `run_at` is RFC 3339, `delay` and `timeout` are seconds.
 
-    `left_out` names what is the kind's own and not the client's: another release may have other defaults.
+    `left_out` names what is the kind's own and not the client's: another release may have other defaults. `batch` is
+    how many jobs came in the same request, if that was one of several.
     """
 
     tenant_id: UUID
@@ -39,6 +40,7 @@ class NewJob:
     retry_of: UUID | None = None
     idempotency_key: str | None = None
     left_out: Sequence[str] = ()
+    batch: int | None = None
 
     def digest(self) -> str:
         """What tells this request from another one that comes with the same idempotency key."""
@@ -46,6 +48,8 @@ class NewJob:
         if self.concurrency_key is not None:
             # Apart from the others, so that the digests of requests made before there were such keys still hold.
             asked |= {"concurrency_key": self.concurrency_key, "concurrency_limit": self.concurrency_limit}
+        if self.batch is not None:
+            asked |= {"batch": self.batch}
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def is_request(self, digest: str) -> bool:

@@ -113,6 +113,15 @@ class Client:
         headers = {"Idempotency-Key": uuid4().hex if idempotency_key is None else idempotency_key}
         return await self._json("POST", "/jobs", repeatable=True, json=body, headers=headers)
 
+    async def submit_batch(self, jobs: Sequence[Json], *, idempotency_key: str | None = None) -> list[Json]:
+        """Submit up to 1,000 jobs together: all are durable when this returns, in this order, or none is.
+
+        Each of `jobs` is what `POST /jobs` takes, such as `{"kind": …, "input": …}`. Repeated as `submit` is.
+        """
+        headers = {"Idempotency-Key": uuid4().hex if idempotency_key is None else idempotency_key}
+        answer = await self._json("POST", "/jobs/batch", repeatable=True, json={"jobs": jobs}, headers=headers)
+        return list(answer["jobs"])
+
     async def get(self, job_id: JobId) -> Json:
         """The job as it is now. Raises NotFound."""
         return await self._json("GET", f"/jobs/{_part(job_id)}")

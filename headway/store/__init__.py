@@ -6,7 +6,7 @@ Only `headway.lifecycle` calls what changes a job.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -15,7 +15,7 @@ from uuid import UUID
 import asyncpg
 
 from headway import metrics
-from headway.errors import JobError, LeaseLost
+from headway.errors import JobError, KeyReused, LeaseLost
 from headway.job import Artifact, Claim, Ending, Event, File, Job, Priority, timestamp
 from headway.keys import LiveKey
 from headway.states import JobState
@@ -44,6 +44,11 @@ REFUSALS: tuple[type[Exception], ...] = (
 
 # A tenant's concurrency key.
 Key = tuple[UUID, str]
+# A job, its position and, if its idempotency key was taken, the digest of the request that took it.
+Submitted = tuple[Job, float, str | None]
+# Runs a statement with its values.
+Statement = Callable[..., Awaitable[list[asyncpg.Record]]]
+REUSED = "This Idempotency-Key came with another request before; use a new key for a new job."
 # How often a claim is run that meets another worker's at the same place of a concurrency key.
 CLAIMS = 5
 
@@ -105,45 +110,52 @@ class Store:
             metrics.database_failures.inc()
             raise
 
-    @asynccontextmanager
-    async def reading(self) -> AsyncIterator[Callable[..., Awaitable[list[asyncpg.Record]]]]:
+    def reading(self) -> AbstractAsyncContextManager[Statement]:
         """Several statements that see the same; what it yields is called as `rows` is. Raises one of OUTAGES."""
+        return self._transaction(isolation="repeatable_read", readonly=True)
+
+    @asynccontextmanager
+    async def _transaction(self, **how: Any) -> AsyncIterator[Statement]:
         assert self._pool is not None, "open() first"
         try:
-            async with (
-                self._pool.acquire(timeout=5) as connection,
-                connection.transaction(isolation="repeatable_read", readonly=True),
-            ):
+            async with self._pool.acquire(timeout=5) as connection, connection.transaction(**how):
                 yield connection.fetch
         except OUTAGES:
             metrics.database_failures.inc()
             raise
 
-    async def submit(self, jobs: Sequence[Mapping[str, Any]]) -> list[tuple[Job, float, str | None]]:
+    async def submit(self, jobs: Sequence[Mapping[str, Any]], *, together: bool = False) -> list[Submitted]:
         """For each job its row, its position and, if its idempotency key was taken, the digest of the first request.
 
         Raises LeaseLost for children of an attempt that is over; then none of `jobs` was written that is such a child.
+        `together` all of them are written or, if the key of one came with another request, none: KeyReused.
         """
-        rows: dict[UUID, tuple[Job, float, str | None]] = {
-            row["id"]: (as_job(row), row["position"], None) for row in await self.rows(sql.SUBMIT, jobs)
-        }
-        if missing := [job for job in jobs if UUID(job["id"]) not in rows]:
-            wanted = [{name: job[name] for name in ("id", "tenant_id", "idempotency_key")} for job in missing]
-            for row in await self.rows(sql.REPLAY, wanted):
-                first = None if row["asked"] == row["id"] else row["request_digest"]
-                rows[row["asked"]] = (as_job(row), row["position"], first)
-            if gone := [job for job in jobs if UUID(job["id"]) not in rows]:
-                if any(job["parent_id"] for job in gone):
-                    raise LeaseLost("The attempt that submits children is over; another worker may have the job.")
-                # The job that had the key was deleted meanwhile.
-                written = await self.submit(gone)
-                rows |= {UUID(job["id"]): row for job, row in zip(gone, written, strict=True)}
+        async with self._transaction() if together else nullcontext(self.rows) as statement:
+            rows: dict[UUID, Submitted] = {
+                row["id"]: (as_job(row), row["position"], None) for row in await statement(sql.SUBMIT, jobs)
+            }
+            if missing := [job for job in jobs if UUID(job["id"]) not in rows]:
+                rows |= await self.submitted_before(missing, statement)
+            found = [(rows[UUID(job["id"])][2], job["digest"]) for job in missing if UUID(job["id"]) in rows]
+            if together and any(first not in (None, digest) for first, digest in found):
+                raise KeyReused(REUSED)
+        if gone := [job for job in missing if UUID(job["id"]) not in rows]:
+            if any(job["parent_id"] for job in gone):
+                raise LeaseLost("The attempt that submits children is over; another worker may have the job.")
+            # The job that had the key was deleted meanwhile.
+            written = await self.submit(gone, together=together)
+            rows |= {UUID(job["id"]): row for job, row in zip(gone, written, strict=True)}
         return [rows[UUID(job["id"])] for job in jobs]
 
-    async def submitted_before(self, tenant_id: UUID, idempotency_key: str) -> tuple[Job, str] | None:
-        """The tenant's job that has this key, and the digest of the request that made it."""
-        rows = await self.rows(sql.REPLAY, [{"tenant_id": str(tenant_id), "idempotency_key": idempotency_key}])
-        return (as_job(rows[0]), rows[0]["request_digest"]) if rows else None
+    async def submitted_before(
+        self, jobs: Sequence[Mapping[str, Any]], statement: Statement | None = None
+    ) -> dict[UUID, Submitted]:
+        """Those of `jobs` that were submitted before, each by the id that it has now."""
+        asked = [{name: job[name] for name in ("id", "tenant_id", "idempotency_key")} for job in jobs]
+        return {
+            row["asked"]: (as_job(row), row["position"], None if row["asked"] == row["id"] else row["request_digest"])
+            for row in await (statement or self.rows)(sql.REPLAY, asked)
+        }
 
     async def promote(self, limit: int, *, waiting: bool = False) -> list[tuple[Event, float, Key | None]]:
         """The event, position and concurrency key of each scheduled job that is due and now queued.

@@ -98,7 +98,7 @@ WITH r AS (
 SELECT {JOB}, position FROM new
 """
 
-# For each request the job of its id, or else the one that its key was used for. $1: [{id?, tenant_id, idempotency_key}]
+# For each request the job of its id, or else the one that its key was used for. $1: [{id, tenant_id, idempotency_key}]
 REPLAY = f"""
 SELECT r.id AS asked, j.* FROM jsonb_to_recordset($1::jsonb) AS r (id uuid, tenant_id uuid, idempotency_key text)
 CROSS JOIN LATERAL (

@@ -12,7 +12,19 @@ from ninja.openapi.schema import OpenAPISchema
 from ninja.operation import Operation
 from ninja.parser import Parser
 
-from services.web.api import artifacts, events, fetches, files, jobs, kinds, queries, rooms, schedules, tickets, uploads
+from services.web.api import (
+    artifacts,
+    events,
+    fetches,
+    files,
+    kinds,
+    queries,
+    rooms,
+    schedules,
+    submissions,
+    tickets,
+    uploads,
+)
 from services.web.api.answers import on_exception
 from services.web.api.bodies import parse
 from services.web.live import page
@@ -56,7 +68,7 @@ api = Api(
 )
 for error in (Exception, HttpError, ValidationError):
     api.add_exception_handler(error, on_exception)  # type: ignore[arg-type]  # it is given instances only
-api.add_router("/jobs", jobs.router)
+api.add_router("/jobs", submissions.router)
 api.add_router("/jobs", artifacts.router)
 api.add_router("", events.router)
 api.add_router("/files", files.router)

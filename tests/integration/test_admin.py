@@ -199,6 +199,7 @@ async def test_the_api_describes_itself(settings: Settings, database: asyncpg.Co
         ("post", "/api/v1/ws-tickets"),
         ("post", "/api/v1/jobs/{job_id}/retry"),
         ("post", "/api/v1/jobs/bulk"),
+        ("post", "/api/v1/jobs/batch"),
         ("get", "/api/v1/jobs/{job_id}/failures"),
         ("get", "/api/v1/jobs/{job_id}/artifacts"),
         ("get", "/api/v1/jobs/{job_id}/artifacts/{name}"),

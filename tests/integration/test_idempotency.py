@@ -45,7 +45,7 @@ async def test_a_request_that_is_sent_again_after_its_time_gets_its_job(
     job = {**JOB, "run_at": (datetime.now(UTC) + timedelta(minutes=10)).isoformat()}
     first = await submit(service, "a", job)
     # As if it had lain behind for more than a minute.
-    monkeypatch.setattr("services.web.api.jobs.CLOCKS", -1200.0)
+    monkeypatch.setattr("services.web.api.submissions.CLOCKS", -1200.0)
     again = await submit(service, "a", job)
     other = await submit(service, "a", {**job, "tags": ["x"]})
     new = await submit(service, "b", job)

@@ -15,8 +15,9 @@ from services.web.api.answers import answer
 from services.web.api.digests import checked, expected
 from services.web.api.downloads import send
 from services.web.api.forms import open_form
-from services.web.api.jobs import FARTHEST, Moment, cursor_of, id_before
+from services.web.api.jobs import cursor_of, id_before
 from services.web.api.request import ApiRequest
+from services.web.api.submissions import FARTHEST, Moment
 
 CONTENT_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(\s*;\s*[\w.+-]+=[\w.+-]+)*", re.ASCII)
 FORM = "multipart/form-data"

@@ -1,109 +1,27 @@
-"""`/jobs`: submit, read, cancel, retry."""
+"""`/jobs`: read, cancel, retry."""
 
 import base64
-import re
 import time
-from collections.abc import Mapping
-from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Literal
 from uuid import UUID
 
 from django.http import HttpResponse
 from ninja import Field, Query, Router, Schema
-from pydantic import AwareDatetime, BeforeValidator, ConfigDict, model_validator
+from pydantic import ConfigDict, model_validator
 from structlog.contextvars import bind_contextvars
 
-from headway.errors import BadRequest, InvalidRequest, NotFound
-from headway.job import (
-    DEFAULTED,
-    LONGEST_KEY,
-    LONGEST_TAG,
-    LONGEST_TIMEOUT,
-    MOST_ATTEMPTS,
-    MOST_PLACES,
-    MOST_TAGS,
-    Job,
-    Priority,
-    timestamp,
-)
+from headway.errors import BadRequest, NotFound
+from headway.job import Job
 from headway.states import JobState
-from headway.submission import NewJob
 from services.web.api.answers import answer, not_modified
 from services.web.api.request import ApiRequest
 from services.web.live.waits import LONGEST
 
-FARTHEST = 400 * 86400.0
-# A client's clock may be this far off before its run_at counts as past.
-CLOCKS = 60.0
 # Jobs that a bulk request changes in one transaction, and the seconds after which it leaves the rest to the next one.
 BULK = 500
 BULK_TIME = 20.0
-KEY = re.compile(r"[!-~]{1,255}")
-RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]", re.ASCII)
-PREFER_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?([0-9]{1,9})\"?\s*(?:$|[,;])", re.ASCII | re.IGNORECASE)
 
 router = Router(tags=["jobs"])
-
-
-def _written(moment: Any) -> Any:
-    if not (isinstance(moment, str) and RFC_3339.match(moment)):
-        # A number would be taken for seconds or for milliseconds since 1970, whichever fits.
-        raise ValueError("send a time with its zone as RFC 3339 has it, such as 2027-01-31T18:00:00Z")
-    return moment
-
-
-Moment = Annotated[AwareDatetime, BeforeValidator(_written)]
-Tag = Annotated[str, Field(min_length=1, max_length=LONGEST_TAG)]
-
-
-class Submission(Schema):
-    """A job to be run."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    kind: str = Field(max_length=200, description="One of `GET /kinds`.", examples=["demo.countdown"])
-    input: Any = Field(
-        description="What the kind works on; its input_schema says what fits.", examples=[{"seconds": 5}]
-    )
-    tags: list[Tag] = Field(
-        default=[], max_length=MOST_TAGS, description="Words to find the job by.", examples=[["first"]]
-    )
-    priority: Literal["high", "normal", "low"] = Field(
-        default="normal", description="Which of the tenant's jobs go first; low ones wait longer, but not for ever."
-    )
-    run_at: Moment | None = Field(
-        default=None, strict=False, description="When to run it, with a time zone; now if left out."
-    )
-    delay: float | None = Field(default=None, ge=0, le=FARTHEST, description="Seconds to wait, instead of run_at.")
-    timeout: float | None = Field(
-        default=None,
-        gt=0,
-        le=LONGEST_TIMEOUT,
-        description="Seconds an attempt may run; the kind's own if left out.",
-        examples=[60],
-    )
-    max_attempts: int | None = Field(
-        default=None, ge=1, le=MOST_ATTEMPTS, description="Attempts it may take; the kind's own number if left out."
-    )
-    concurrency_key: str | None = Field(
-        default=None,
-        min_length=1,
-        max_length=LONGEST_KEY,
-        description="Jobs with the same key share `concurrency_limit` places, across all workers.",
-    )
-    concurrency_limit: int = Field(
-        default=1, ge=1, le=MOST_PLACES, description="How many jobs with this job's key may run when it is to start."
-    )
-
-    @model_validator(mode="after")
-    def _one_time(self) -> "Submission":
-        if self.run_at is not None and self.delay is not None:
-            raise ValueError("send run_at or delay, not both")
-        if self.concurrency_key is None and "concurrency_limit" in self.model_fields_set:
-            raise ValueError("concurrency_limit needs a concurrency_key, which says whose limit it is")
-        if self.concurrency_key is not None and "\0" in self.concurrency_key:
-            raise ValueError("concurrency_key has a NUL character, which cannot be kept; leave it out")
-        return self
 
 
 class Filter(Schema):
@@ -149,27 +67,6 @@ class Wait(Schema):
     )
 
 
-@router.post("", summary="Submit a job", response={200: None, 202: None})
-async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
-    """Answers 202 once the job is committed; `Location` is where to follow it.
-
-    With `Prefer: wait=N` the answer is held for N seconds, 60 at most: 200 with the job if it ends in that time.
-    """
-    request.only()
-    app = request.app
-    try:
-        kind = (await app.catalog.check(job.kind, job.input)).kind
-        _check_time(job)
-    except InvalidRequest:
-        # Sent again after an outage, its time may have passed, or a release have changed its kind: that makes it no
-        # other request.
-        if (before := await app.lifecycle.submitted_before(_new(request, job, {}))) is None:
-            raise
-        return await submitted(request, before, created=False)
-    accepted, created = await app.lifecycle.submit(_new(request, job, kind))
-    return await submitted(request, accepted, created=created)
-
-
 @router.get("", summary="List jobs, newest first")
 async def list_jobs(request: ApiRequest, wanted: Query[Filter]) -> HttpResponse:
     """A page of jobs, and the cursor of the next page, or null."""
@@ -199,7 +96,7 @@ async def get_job(request: ApiRequest, job_id: UUID, held: Query[Wait]) -> HttpR
     `ETag` changes with every event; with `If-None-Match` the answer may be 304.
     """
     request.only(Wait)
-    job = await _end(request, job_id, held.wait) if held.wait else await _job(request, job_id)
+    job = await end(request, job_id, held.wait) if held.wait else await _job(request, job_id)
     if job is None:
         raise _no_job(job_id)
     etag = f'"{job.epoch}-{job.seq}"'
@@ -265,44 +162,6 @@ async def list_failures(request: ApiRequest, job_id: UUID) -> HttpResponse:
     return answer({"failures": await request.app.store.failures(job_id, request.auth.tenant_id)})
 
 
-def _check_time(job: Submission) -> None:
-    """Raises InvalidRequest."""
-    if job.run_at is not None and not -CLOCKS <= (job.run_at - datetime.now(UTC)).total_seconds() <= FARTHEST:
-        why = "lies more than a minute behind, or more than 400 days ahead; leave it out to run the job at once"
-        raise InvalidRequest(f"run_at: {why}.", errors=[{"field": "run_at", "message": why}])
-
-
-def _new(request: ApiRequest, job: Submission, kind: Mapping[str, Any]) -> NewJob:
-    """What is asked for; what the client left out is `kind`'s, or 0 if that does not say it."""
-    return NewJob(
-        request.auth.tenant_id,
-        job.kind,
-        job.input,
-        job.tags,
-        Priority[job.priority.upper()],
-        job.timeout or kind.get("timeout", 0),
-        job.max_attempts or kind.get("max_attempts", 0),
-        run_at=timestamp(job.run_at),
-        delay=job.delay,
-        concurrency_key=job.concurrency_key,
-        concurrency_limit=job.concurrency_limit,
-        idempotency_key=idempotency_key(request),
-        left_out=[name for name in DEFAULTED if getattr(job, name) is None],
-    )
-
-
-async def submitted(request: ApiRequest, job: Job, *, created: bool) -> HttpResponse:
-    """The answer to a submission, held as it prefers, and the job's id in the log line of the request."""
-    bind_contextvars(job_id=str(job.id))
-    headers = {"Location": f"/api/v1/jobs/{job.id}"}
-    if not created:
-        headers["Idempotent-Replayed"] = "true"
-    if (seconds := _preferred_wait(request)) is not None:
-        job = await _end(request, job.id, seconds) or job
-        headers["Preference-Applied"] = f"wait={seconds:g}"
-    return answer(job.as_json(), 202 if created and not job.state.terminal else 200, headers)
-
-
 def known(request: ApiRequest, etag: str) -> bool:
     """Whether the client says that it has this version."""
     given = request.headers.get("If-None-Match", "")
@@ -325,23 +184,9 @@ def _no_job(job_id: UUID) -> NotFound:
     return NotFound(f"There is no job {job_id}.")
 
 
-async def _end(request: ApiRequest, job_id: UUID, seconds: float) -> Job | None:
+async def end(request: ApiRequest, job_id: UUID, seconds: float) -> Job | None:
     """The job once it has ended, or as it is after so many seconds. Raises Disconnected once nobody waits any more."""
     return await request.unless_left(request.app.waits.ended(job_id, request.auth.tenant_id, seconds))
-
-
-def _preferred_wait(request: ApiRequest) -> float | None:
-    """Seconds of `Prefer: wait=N`; what else a client may prefer is passed over, as RFC 7240 has it."""
-    found = PREFER_WAIT.search(request.headers.get("Prefer", ""))
-    return min(float(found[1]), LONGEST) if found else None
-
-
-def idempotency_key(request: ApiRequest) -> str | None:
-    """The request's Idempotency-Key, if it has one. Raises BadRequest if that cannot be one."""
-    key = request.headers.get("Idempotency-Key")
-    if key is not None and not KEY.fullmatch(key):
-        raise BadRequest("An Idempotency-Key has 1 to 255 visible ASCII characters, such as a UUID.")
-    return key
 
 
 def cursor_of(last: UUID) -> str:

@@ -12,8 +12,8 @@ from pydantic import ConfigDict
 from headway.errors import BadRequest
 from headway.rooms import LONGEST, ROOM_NAME
 from services.web.api.answers import answer
-from services.web.api.jobs import idempotency_key
 from services.web.api.request import ApiRequest
+from services.web.api.submissions import idempotency_key
 
 router = Router(tags=["rooms"])
 

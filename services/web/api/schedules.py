@@ -10,8 +10,8 @@ from pydantic import AfterValidator, ConfigDict
 from headway.schedules import MOST_SCHEDULES
 from headway.store.schedules import CatchUp, Schedule
 from services.web.api.answers import answer
-from services.web.api.jobs import Submission, idempotency_key, submitted
 from services.web.api.request import ApiRequest
+from services.web.api.submissions import Submission, idempotency_key, submitted
 
 router = Router(tags=["schedules"])
 
