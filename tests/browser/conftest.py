@@ -207,9 +207,10 @@ async def url(settings: Settings, redis: Redis) -> AsyncIterator[str]:
 @pytest.fixture
 async def job(url: str, settings: Settings, tenant: Tenant) -> AsyncIterator[str]:
     """A job that runs once somebody follows it, however long a client takes to start."""
+    before = snapshots()
 
     async def work() -> None:
-        await until(lambda: followers() > 0, 30)
+        await until(lambda: snapshots() > before, 30)
         async with worker(settings):
             await asyncio.Event().wait()
 
@@ -225,6 +226,12 @@ def followers() -> float:
     """Open sockets and event streams."""
     names = ("headway_ws_connections", "headway_sse_streams")
     return sum(REGISTRY.get_sample_value(name) or 0 for name in names)
+
+
+def snapshots() -> float:
+    """How many were sent, to sockets and in event streams."""
+    names = ("headway_ws_frames_total", "headway_sse_events_total")
+    return sum(REGISTRY.get_sample_value(name, {"type": "snapshot"}) or 0 for name in names)
 
 
 def check(frames: list[Json]) -> None:

@@ -22,6 +22,7 @@ async def test_two_browsers_in_one_room_on_one_running_job(
         job = await client.submit("demo.countdown", {"seconds": 8})
         ada = await follow(chromium, origin, "ada", job["id"])
         grace = await follow(firefox, origin, "grace", job["id"])
+        before = [await done(page) for page in (ada, grace)]
         for page in (ada, grace):
             await page.until("document.getElementById('here').textContent.split(', ').sort().join() === 'ada,grace'")
         await say(ada, "It runs.")
@@ -36,7 +37,6 @@ async def test_two_browsers_in_one_room_on_one_running_job(
             assert await page.run(
                 "() => [window.hacked, document.querySelectorAll('#messages b, #messages img').length]"
             ) == [None, 0]
-        before = [await done(page) for page in (ada, grace)]
         if PICTURES:
             await ada.screenshot(Path(PICTURES) / "chromium.png")
             await grace.screenshot(Path(PICTURES) / "firefox.png")

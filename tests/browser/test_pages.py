@@ -94,7 +94,9 @@ FOLLOW = """async (job) => {
     const { Live } = await import("/static/headway/headway.js");
     window.connections = [];
     window.seen = [];
-    const live = new Live({ ticket: window.ticket, connection: (there) => window.connections.push(there) });
+    // It is told of every try that fails.
+    const connection = (there) => there !== window.connections.at(-1) && window.connections.push(there);
+    const live = new Live({ ticket: window.ticket, connection });
     (async () => {
         for await (const envelope of live.follow(job)) window.seen.push(envelope);
         window.over = true;
@@ -107,8 +109,8 @@ async def test_headway_js_follows_a_job_over_a_restart_of_the_service(
 ) -> None:
     async with worker(settings):
         async with web(settings) as url, Client(url, tenant.api_key) as client:
-            job = await client.submit("test.lines", {"count": 80})
             page = await open_page(browser, url, tenant.api_key)
+            job = await client.submit("test.lines", {"count": 80})
             await page.run(FOLLOW, job["id"])
             await page.until("window.seen.length > 3")
         await page.until("window.connections.at(-1) === false")
@@ -142,10 +144,10 @@ async def test_headway_js_watches_a_set_and_follows_jobs_on_one_socket(browser: 
                 constructor(...given) { super(...given); window.sockets += 1; }
             };
             window.ended = [];
-            const live = new Live({ ticket: window.ticket });
+            const live = window.live = new Live({ ticket: window.ticket });
             (async () => {
                 for await (const { t, job, d } of live.watch({ tag: "t" })) {
-                    if (t === "state" && d.state === "succeeded") {
+                    if (d.state === "succeeded") {
                         window.ended.push(job);
                     }
                     if (t === "snapshot") (async () => {
@@ -156,7 +158,8 @@ async def test_headway_js_watches_a_set_and_follows_jobs_on_one_socket(browser: 
             })();
         }"""
     )
-    await page.until("window.sockets")
+    # The set has a cursor once it holds.
+    await page.until("[...(window.live.lines[0]?.subscriptions.values() ?? [])][0]?.cursor")
     jobs = [await service.client.submit("demo.countdown", {"seconds": 0.3}, tags=["t"]) for _ in range(5)]
     await page.until("window.ended.length === 10")
     assert sorted(await page.run("() => window.ended")) == sorted([job["id"] for job in jobs] * 2)

@@ -121,7 +121,7 @@ class Endings:
         self._left = count
 
     def __call__(self, frame: Frame) -> bool:
-        self._left -= frame["t"] == "state" and frame["d"]["state"] == "succeeded"
+        self._left -= frame["t"] in ("snapshot", "state") and frame["d"]["state"] == "succeeded"
         return self._left == 0
 
 

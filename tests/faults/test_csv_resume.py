@@ -57,7 +57,7 @@ async def engine(
     servers: Embedded, source: asyncpg.Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Engine]:
     monkeypatch.setattr(csv_import, "KEEP_EVERY", 0.0)
-    monkeypatch.setattr(csv_postgres, "LOCK_TIMEOUT", 0.3)
+    monkeypatch.setattr(csv_postgres, "LOCK_TIMEOUT", 1.0)
     async with make_engine(servers, tmp_path, sources={"default": Source(url=servers.postgres_url(SOURCE))}) as engine:
         yield engine
 
@@ -121,7 +121,7 @@ async def held_up(source: asyncpg.Connection, job_id: UUID, passes: int) -> Asyn
         await source.execute(f"BEGIN; LOCK TABLE {staging} IN SHARE ROW EXCLUSIVE MODE")
         return await position(source, staging)
 
-    yield await until(held)
+    yield await until(held, 20)
     await source.execute("COMMIT")
 
 
@@ -172,6 +172,8 @@ async def test_an_import_whose_worker_dies_after_the_commit_succeeds_with_the_sa
     job_id = await submit(engine, orders())
     imported = await until(lambda: position(source, "t"), 20)
     by = await copied_by(source, "t")
+    waiting = "SELECT count(*) > 0 FROM pg_stat_activity WHERE wait_event = 'relation'"
+    await until(lambda: source.fetchval(waiting), 20)
     first.signal(signal.SIGKILL)
     await first.ended()
     # What the worker has sent already must not be done after its death.
@@ -210,8 +212,8 @@ async def test_an_import_into_a_table_goes_on_and_adds_each_row_once(
         assert await source.fetchval("SELECT count(*) FROM t WHERE b <> 'old'") == 0
     await engine.expire(job_id)
     # The next attempt dies as well, in the merge, which never was; then one whose end cannot be written.
-    second = await importer(engine, spawn)
     await source.execute("BEGIN; LOCK TABLE t IN SHARE MODE")
+    second = await importer(engine, spawn)
     await until(lambda: source.fetchval("SELECT count(*) > 0 FROM pg_locks WHERE NOT granted"), 20)
     second.signal(signal.SIGKILL)
     await second.ended()

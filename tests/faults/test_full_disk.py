@@ -66,7 +66,7 @@ async def test_an_upload_that_the_disk_does_not_take_is_refused_and_leaves_nothi
         answer = await http.post("/files", content=body)
         assert (answer.status_code, answer.json()["type"]) == (507, "urn:headway:problem:no-storage")
         assert answer.headers["Content-Type"] == "application/problem+json"
-        assert kept(engine) == []
+        await until(lambda: kept(engine) == [])
         assert (await http.post("/files", content=b"small")).status_code == 201
     assert await engine.database.fetchval("SELECT count(*) FROM files") == 1
     assert (await http.post("/files", content=body)).status_code == 201

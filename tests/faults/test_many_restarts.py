@@ -14,6 +14,7 @@ from tests.engine import Engine, worker
 RESTARTS = 100
 
 
+@pytest.mark.timeout(180)
 async def test_a_job_outlives_a_hundred_restarts_and_goes_on_from_its_checkpoint_each_time(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

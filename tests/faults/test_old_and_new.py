@@ -94,8 +94,8 @@ async def test_jobs_of_both_releases_are_run_by_both_and_once(engine: Engine, ol
     jobs = [first]
     for _ in range(JOBS // 2):
         jobs += [await engine.submit_kind(KINDS[0], call, max_attempts=2), await old.submit(call)]
-    working = asyncio.create_task(old.work())
     async with worker(engine.settings.model_copy(update={"slots": 2})):
+        working = asyncio.create_task(old.work())
         ended = await asyncio.gather(*map(engine.ended, jobs))
     working.cancel()
     await asyncio.gather(working, return_exceptions=True)

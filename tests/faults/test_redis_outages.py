@@ -80,7 +80,7 @@ async def test_jobs_are_accepted_and_run_in_time_whatever_becomes_of_redis(
             ids = []
             for _ in range(jobs):
                 answer = await http.post(
-                    "/api/v1/jobs", json={"kind": "demo.countdown", "input": {"seconds": 0.2}}, timeout=1
+                    "/api/v1/jobs", json={"kind": "demo.countdown", "input": {"seconds": 0.2}}, timeout=3
                 )
                 assert answer.status_code == 202, answer.text
                 ids.append(answer.json()["id"])

@@ -24,7 +24,7 @@ from tests.faults.conftest import Spawner
 
 # Seconds; the worker's own lease is longer, and nothing here depends on how long it is.
 LEASE = 3.0
-SHORT = 1.0
+SHORT = 2.0
 
 
 async def waiting_job(engine: Engine, folder: Path) -> UUID:
