@@ -27,6 +27,7 @@ from services.web.api import (
 )
 from services.web.api.answers import on_exception
 from services.web.api.bodies import parse
+from services.web.api.schemas import Problem
 from services.web.live import page
 
 
@@ -46,8 +47,15 @@ class Api(NinjaAPI):
     def get_openapi_schema(self, **options: Any) -> OpenAPISchema:
         """`services.web.handler` asks for the key, before any view."""
         schema = super().get_openapi_schema(**options)
-        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        components = schema["components"]
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}]
+        problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        components["schemas"] |= problem.pop("$defs") | {"Problem": problem}
+        content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+        for operations in schema["paths"].values():
+            for operation in operations.values():
+                operation["responses"]["default"] = {"description": str(Problem.__doc__), "content": content}
         return schema
 
 

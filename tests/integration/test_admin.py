@@ -227,6 +227,12 @@ async def test_the_api_describes_itself(settings: Settings, database: asyncpg.Co
         ("post", "/api/v1/query"),
         ("post", "/api/v1/fetch"),
     }
+    for path, operations in api["paths"].items():
+        for method, operation in operations.items():
+            answers = operation["responses"]
+            assert "application/problem+json" in answers.pop("default")["content"], path
+            assert all(answer.get("content") for status, answer in answers.items() if status in ("200", "202")), path
+            assert "{" not in path or operation["parameters"], f"{method} {path}"
     (scheme,) = api["components"]["securitySchemes"].values()
     assert scheme == {"type": "http", "scheme": "bearer"}
     assert api["security"]

@@ -9,6 +9,7 @@ from pydantic import ConfigDict
 
 from headway.errors import BadRequest, NotFound
 from headway.store.cursor import BadCursor, Cursor
+from services.web.api import schemas
 from services.web.api.answers import answer
 from services.web.api.request import ApiRequest
 from services.web.live.commands import JobItem, SetItem
@@ -35,7 +36,12 @@ class Page(Schema):
     )
 
 
-@router.get("/jobs/{uuid:job_id}/events", summary="The events of a job")
+@router.get(
+    "/jobs/{uuid:job_id}/events",
+    summary="The events of a job",
+    response=schemas.Events,
+    openapi_extra=schemas.headers(schemas.LAST_EVENT_ID) | {"responses": {200: {"content": schemas.EVENT_STREAM}}},
+)
 async def list_events(request: ApiRequest, job_id: UUID, wanted: Query[Page]) -> HttpResponseBase:
     """A page of its durable events, states and log lines, and `next_after` for the next page, or null.
 
@@ -77,7 +83,11 @@ class SetOfJobs(Schema):
     )
 
 
-@router.get("/events", summary="What happens to many jobs, live")
+@router.get(
+    "/events",
+    summary="What happens to many jobs, live",
+    openapi_extra=schemas.headers(schemas.LAST_EVENT_ID) | {"responses": {200: {"content": schemas.EVENT_STREAM}}},
+)
 async def follow_events(request: ApiRequest, wanted: Query[SetOfJobs]) -> HttpResponseBase:
     """Server-sent events of all jobs that fit: a snapshot of each that is open, then every event, and new jobs.
 

@@ -19,6 +19,7 @@ from headway.fetching.fetcher import Fetcher, Record
 from headway.fetching.requests import Asking, Request, Url
 from headway.fetching.session import open_session
 from headway.settings import Settings
+from services.web.api import schemas
 from services.web.api.answers import answer
 from services.web.api.request import ApiRequest
 
@@ -100,7 +101,7 @@ class Fetching:
         await self._session.close()
 
 
-@router.post("", summary="Fetch a few URLs side by side")
+@router.post("", summary="Fetch a few URLs side by side", response=schemas.FetchResults)
 async def fetch(request: ApiRequest, fetch: Fetch) -> HttpResponse:
     """One result for each URL, in their order, as soon as all are done or the time is over.
 

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, ValidationError, field_validator
 
 from headway.errors import InvalidRequest, NotFound
 from headway.job import File
+from services.web.api import schemas
 from services.web.api.answers import answer
 from services.web.api.digests import checked, expected
 from services.web.api.downloads import send
@@ -69,7 +70,7 @@ class Page(Schema):
 @router.post(
     "",
     summary="Upload a file",
-    response={201: None},
+    response={201: schemas.File},
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -101,7 +102,7 @@ async def upload(request: ApiRequest, wanted: Query[Named]) -> HttpResponse:
     return answer(file.as_json(), 201, {"Location": f"/api/v1/files/{file.id}"})
 
 
-@router.get("", summary="List files, newest first")
+@router.get("", summary="List files, newest first", response=schemas.Files)
 async def list_files(request: ApiRequest, wanted: Query[Page]) -> HttpResponse:
     """A page of files, and the cursor of the next page, or null."""
     request.only(Page)
@@ -119,13 +120,13 @@ async def list_files(request: ApiRequest, wanted: Query[Page]) -> HttpResponse:
     )
 
 
-@router.get("/{uuid:file_id}", summary="One file")
+@router.get("/{uuid:file_id}", summary="One file", response=schemas.File)
 async def get_file(request: ApiRequest, file_id: UUID) -> HttpResponse:
     """Name, type, size and SHA-256 of an uploaded file."""
     return answer((await _find(request, file_id)).as_json())
 
 
-@router.get("/{uuid:file_id}/content", summary="Download a file")
+@router.get("/{uuid:file_id}/content", summary="Download a file", openapi_extra=schemas.DOWNLOAD)
 async def get_content(request: ApiRequest, file_id: UUID) -> HttpResponse | StreamingHttpResponse:
     """The bytes, streamed. One range, `Range: bytes=a-b`, answers 206; `ETag` is the SHA-256."""
     file = await _find(request, file_id)

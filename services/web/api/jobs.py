@@ -13,6 +13,7 @@ from structlog.contextvars import bind_contextvars
 from headway.errors import BadRequest, NotFound
 from headway.job import Job
 from headway.states import JobState
+from services.web.api import schemas
 from services.web.api.answers import answer, not_modified
 from services.web.api.request import ApiRequest
 from services.web.live.waits import LONGEST
@@ -67,7 +68,7 @@ class Wait(Schema):
     )
 
 
-@router.get("", summary="List jobs, newest first")
+@router.get("", summary="List jobs, newest first", response=schemas.Jobs)
 async def list_jobs(request: ApiRequest, wanted: Query[Filter]) -> HttpResponse:
     """A page of jobs, and the cursor of the next page, or null."""
     request.only(Filter)
@@ -89,7 +90,12 @@ async def list_jobs(request: ApiRequest, wanted: Query[Filter]) -> HttpResponse:
     )
 
 
-@router.get("/{uuid:job_id}", summary="One job")
+@router.get(
+    "/{uuid:job_id}",
+    summary="One job",
+    response=schemas.Job,
+    openapi_extra=schemas.headers(schemas.IF_NONE_MATCH),
+)
 async def get_job(request: ApiRequest, job_id: UUID, held: Query[Wait]) -> HttpResponse:
     """The job as it is now; with `wait=N` as it is once it has ended, or after N seconds, 60 at most.
 
@@ -105,7 +111,7 @@ async def get_job(request: ApiRequest, job_id: UUID, held: Query[Wait]) -> HttpR
     return answer(job.as_json(), headers={"ETag": etag})
 
 
-@router.post("/{uuid:job_id}/cancel", summary="Cancel a job", response={200: None, 202: None})
+@router.post("/{uuid:job_id}/cancel", summary="Cancel a job", response={200: schemas.Job, 202: schemas.Job})
 async def cancel(request: ApiRequest, job_id: UUID) -> HttpResponse:
     """202 while a running job is being stopped; 200 with the job as it ended if it is over."""
     request.only()
@@ -113,7 +119,7 @@ async def cancel(request: ApiRequest, job_id: UUID) -> HttpResponse:
     return answer(job.as_json(), 200 if job.state.terminal else 202)
 
 
-@router.post("/{uuid:job_id}/retry", summary="Run an ended job again", response={200: None, 202: None})
+@router.post("/{uuid:job_id}/retry", summary="Run an ended job again", response={200: schemas.Job, 202: schemas.Job})
 async def retry(request: ApiRequest, job_id: UUID) -> HttpResponse:
     """202 with a new job of the same kind and input, whose `retry_of` is this one; 200 if it is there already.
 
@@ -125,7 +131,7 @@ async def retry(request: ApiRequest, job_id: UUID) -> HttpResponse:
     return answer(job.as_json(), 202 if created else 200, {"Location": f"/api/v1/jobs/{job.id}"})
 
 
-@router.post("/bulk", summary="Cancel or retry all jobs that match")
+@router.post("/bulk", summary="Cancel or retry all jobs that match", response=schemas.Changed)
 async def bulk(request: ApiRequest, wanted: Bulk) -> HttpResponse:
     """Works through the matching jobs, newest first, in small transactions.
 
@@ -154,7 +160,7 @@ async def bulk(request: ApiRequest, wanted: Bulk) -> HttpResponse:
     return answer({"matched": matched, "changed": changed, "next_cursor": next_cursor})
 
 
-@router.get("/{uuid:job_id}/failures", summary="Why attempts of a job failed")
+@router.get("/{uuid:job_id}/failures", summary="Why attempts of a job failed", response=schemas.Failures, by_alias=True)
 async def list_failures(request: ApiRequest, job_id: UUID) -> HttpResponse:
     """One for each attempt that failed, oldest first: type, message, and for exceptions class and traceback."""
     request.only()

@@ -13,6 +13,7 @@ from pydantic import ConfigDict
 from headway.errors import InvalidRequest, TooLarge
 from headway.sources import Reading
 from headway.sources.columns import Column, converters, encoded, typed
+from services.web.api import schemas
 from services.web.api.answers import answer
 from services.web.api.request import ApiRequest
 
@@ -48,7 +49,7 @@ class Found:
     truncated: bool
 
 
-@router.post("", summary="Read from a source")
+@router.post("", summary="Read from a source", response=schemas.Found)
 async def query(request: ApiRequest, query: Query) -> HttpResponse:
     """Columns with the source's types, rows as arrays, and whether there were more of them than are answered.
 

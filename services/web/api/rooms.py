@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 
 from headway.errors import BadRequest
 from headway.rooms import LONGEST, ROOM_NAME
+from services.web.api import schemas
 from services.web.api.answers import answer
 from services.web.api.request import ApiRequest
 from services.web.api.submissions import idempotency_key
@@ -48,7 +49,7 @@ class Listing(Schema):
     cursor: str | None = Field(default=None, max_length=200, description="`next_cursor` of the page before.")
 
 
-@router.get("", summary="List rooms, the one that was last spoken in first")
+@router.get("", summary="List rooms, the one that was last spoken in first", response=schemas.Rooms)
 async def list_rooms(request: ApiRequest, wanted: Query[Listing]) -> HttpResponse:
     """A page of rooms, and the cursor of the next page, or null. A room is there once something was said in it."""
     request.only(Listing)
@@ -59,7 +60,12 @@ async def list_rooms(request: ApiRequest, wanted: Query[Listing]) -> HttpRespons
     return answer({"rooms": [room.as_json() for room in page], "next_cursor": cursor})
 
 
-@router.post("/{room}/messages", summary="Say something in a room", response={200: None, 201: None})
+@router.post(
+    "/{room}/messages",
+    summary="Say something in a room",
+    response={200: schemas.Message, 201: schemas.Message},
+    openapi_extra=schemas.headers(schemas.IDEMPOTENCY_KEY),
+)
 async def publish(request: ApiRequest, room: Name, said: NewMessage) -> HttpResponse:
     """201 once the message is committed; whoever is in the room is told. The author is the key's name.
 
@@ -80,7 +86,7 @@ async def publish(request: ApiRequest, room: Name, said: NewMessage) -> HttpResp
     return answer(message.as_json(), 200, {"Idempotent-Replayed": "true"})
 
 
-@router.get("/{room}/messages", summary="What was said in a room")
+@router.get("/{room}/messages", summary="What was said in a room", response=schemas.Messages)
 async def list_messages(request: ApiRequest, room: Name, wanted: Query[Page]) -> HttpResponse:
     """Messages after a seq, oldest first, and the seq of the newest one.
 
@@ -94,7 +100,7 @@ async def list_messages(request: ApiRequest, room: Name, wanted: Query[Page]) ->
     return answer({"messages": [message.as_json() for message in messages], "seq": newest})
 
 
-@router.get("/{room}/presence", summary="Who is in a room")
+@router.get("/{room}/presence", summary="Who is in a room", response=schemas.Here)
 async def list_presence(request: ApiRequest, room: Name) -> HttpResponse:
     """The names of all who have joined, over WebSockets, in alphabetical order; at most 1,000."""
     request.only()

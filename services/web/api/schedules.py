@@ -9,6 +9,7 @@ from pydantic import AfterValidator, ConfigDict
 
 from headway.schedules import MOST_SCHEDULES
 from headway.store.schedules import CatchUp, Schedule
+from services.web.api import schemas
 from services.web.api.answers import answer
 from services.web.api.request import ApiRequest
 from services.web.api.submissions import Submission, idempotency_key, submitted
@@ -87,7 +88,7 @@ class Limit(Schema):
     limit: int = Field(default=100, ge=1, le=MOST_SCHEDULES)
 
 
-@router.post("", summary="Create a schedule", response={201: None})
+@router.post("", summary="Create a schedule", response={201: schemas.Schedule})
 async def create_schedule(request: ApiRequest, schedule: NewSchedule) -> HttpResponse:
     """The first slot lies ahead: `next_at` tells it. A tenant has 1,000 schedules at most, each of another name."""
     request.only()
@@ -102,7 +103,7 @@ async def create_schedule(request: ApiRequest, schedule: NewSchedule) -> HttpRes
     return answer(created.as_json(), 201, {"Location": f"/api/v1/schedules/{created.id}"})
 
 
-@router.get("", summary="List schedules, by name")
+@router.get("", summary="List schedules, by name", response=schemas.Schedules)
 async def list_schedules(request: ApiRequest, wanted: Query[Limit]) -> HttpResponse:
     """The first of them; with `limit=1000`, all."""
     request.only(Limit)
@@ -110,13 +111,13 @@ async def list_schedules(request: ApiRequest, wanted: Query[Limit]) -> HttpRespo
     return answer({"schedules": [schedule.as_json() for schedule in found]})
 
 
-@router.get("/{uuid:schedule_id}", summary="One schedule")
+@router.get("/{uuid:schedule_id}", summary="One schedule", response=schemas.Schedule)
 async def get_schedule(request: ApiRequest, schedule_id: UUID) -> HttpResponse:
     """`next_at` is the next slot, in UTC; null while the schedule is paused."""
     return answer((await _schedule(request, schedule_id)).as_json())
 
 
-@router.patch("/{uuid:schedule_id}", summary="Change a schedule")
+@router.patch("/{uuid:schedule_id}", summary="Change a schedule", response=schemas.Schedule)
 async def change_schedule(request: ApiRequest, schedule_id: UUID, change: ScheduleChange) -> HttpResponse:
     """New times hold from now on. `job` is replaced whole."""
     request.only()
@@ -143,21 +144,26 @@ async def delete_schedule(request: ApiRequest, schedule_id: UUID) -> HttpRespons
     return response
 
 
-@router.post("/{uuid:schedule_id}/pause", summary="Pause a schedule")
+@router.post("/{uuid:schedule_id}/pause", summary="Pause a schedule", response=schemas.Schedule)
 async def pause_schedule(request: ApiRequest, schedule_id: UUID) -> HttpResponse:
     """Slots that come while it is paused are dropped, whatever `catch_up` says."""
     request.only()
     return answer((await request.app.schedules.pause(schedule_id, request.auth.tenant_id)).as_json())
 
 
-@router.post("/{uuid:schedule_id}/resume", summary="Resume a schedule")
+@router.post("/{uuid:schedule_id}/resume", summary="Resume a schedule", response=schemas.Schedule)
 async def resume_schedule(request: ApiRequest, schedule_id: UUID) -> HttpResponse:
     """It goes on with the next slot from now."""
     request.only()
     return answer((await request.app.schedules.resume(schedule_id, request.auth.tenant_id)).as_json())
 
 
-@router.post("/{uuid:schedule_id}/run", summary="Run a schedule's job now", response={200: None, 202: None})
+@router.post(
+    "/{uuid:schedule_id}/run",
+    summary="Run a schedule's job now",
+    response={200: schemas.Job, 202: schemas.Job},
+    openapi_extra=schemas.headers(schemas.IDEMPOTENCY_KEY, schemas.PREFER),
+)
 async def run_schedule(request: ApiRequest, schedule_id: UUID) -> HttpResponse:
     """Submits the job at once, paused or not, and leaves the slots as they are. Answers as `POST /jobs` does."""
     schedule = await _schedule(request, schedule_id)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from django.http import HttpResponse
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 from structlog.contextvars import bind_contextvars
 
 from headway.errors import BadRequest, InvalidRequest
@@ -24,6 +25,7 @@ from headway.job import (
 )
 from headway.submission import NewJob
 from services.web.api import jobs as reads
+from services.web.api import schemas
 from services.web.api.answers import answer
 from services.web.api.request import ApiRequest
 from services.web.live.waits import LONGEST
@@ -33,6 +35,7 @@ FARTHEST = 400 * 86400.0
 CLOCKS = 60.0
 MOST_JOBS = 1000
 MOST_ERRORS = 20
+EXAMPLE: JsonDict = {"kind": "demo.countdown", "input": {"seconds": 5}, "tags": ["first"]}
 KEY = re.compile(r"[!-~]{1,255}")
 RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]", re.ASCII)
 PREFER_WAIT = re.compile(r"(?:^|[,;\s])wait\s*=\s*\"?([0-9]{1,9})\"?\s*(?:$|[,;])", re.ASCII | re.IGNORECASE)
@@ -56,15 +59,11 @@ Tag = Annotated[str, Field(min_length=1, max_length=LONGEST_TAG)]
 class Submission(BaseModel):
     """A job to be run."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [EXAMPLE]})
 
-    kind: str = Field(max_length=200, description="One of `GET /kinds`.", examples=["demo.countdown"])
-    input: Any = Field(
-        description="What the kind works on; its input_schema says what fits.", examples=[{"seconds": 5}]
-    )
-    tags: list[Tag] = Field(
-        default=[], max_length=MOST_TAGS, description="Words to find the job by.", examples=[["first"]]
-    )
+    kind: str = Field(max_length=200, description="One of `GET /kinds`.")
+    input: Any = Field(description="What the kind works on; its input_schema says what fits.")
+    tags: list[Tag] = Field(default=[], max_length=MOST_TAGS, description="Words to find the job by.")
     priority: Literal["high", "normal", "low"] = Field(
         default="normal", description="Which of the tenant's jobs go first; low ones wait longer, but not for ever."
     )
@@ -77,7 +76,6 @@ class Submission(BaseModel):
         gt=0,
         le=LONGEST_TIMEOUT,
         description="Seconds an attempt may run; the kind's own if left out.",
-        examples=[60],
     )
     max_attempts: int | None = Field(
         default=None, ge=1, le=MOST_ATTEMPTS, description="Attempts it may take; the kind's own number if left out."
@@ -113,7 +111,12 @@ class Batch(BaseModel):
     )
 
 
-@router.post("", summary="Submit a job", response={200: None, 202: None})
+@router.post(
+    "",
+    summary="Submit a job",
+    response={200: schemas.Job, 202: schemas.Job},
+    openapi_extra=schemas.headers(schemas.IDEMPOTENCY_KEY, schemas.PREFER),
+)
 async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
     """Answers 202 once the job is committed; `Location` is where to follow it.
 
@@ -134,7 +137,12 @@ async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
     return await submitted(request, accepted, created=created)
 
 
-@router.post("/batch", summary="Submit jobs together", response={200: None, 202: None})
+@router.post(
+    "/batch",
+    summary="Submit jobs together",
+    response={200: schemas.JobsTogether, 202: schemas.JobsTogether},
+    openapi_extra=schemas.headers(schemas.IDEMPOTENCY_KEY),
+)
 async def submit_batch(request: ApiRequest, batch: Batch) -> HttpResponse:
     """Accepts up to 1,000 jobs in one transaction: all of them or, if one is refused, none.
 

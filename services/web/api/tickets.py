@@ -20,6 +20,7 @@ from redis.exceptions import RedisError
 from headway.errors import InvalidRequest, OriginRefused, TicketRefused, Unavailable
 from headway.job import timestamp
 from headway.rooms import ROOM_NAME
+from services.web.api import schemas
 from services.web.api.answers import answer
 from services.web.api.auth import Keyring, Principal
 from services.web.api.origins import is_permitted, own_origin
@@ -141,7 +142,7 @@ class NewTicket(Schema):
     publish: bool = Field(default=True, description="Whether messages may be sent to rooms.")
 
 
-@router.post("", summary="Get a ticket for a browser", response={201: None})
+@router.post("", summary="Get a ticket for a browser", response={201: schemas.Ticket})
 async def issue_ticket(request: ApiRequest, wanted: NewTicket) -> HttpResponse:
     """A ticket opens one WebSocket or event stream, within 30 seconds, from a page of `origin`.
 

@@ -17,6 +17,7 @@ from headway.errors import BadRequest, Conflict, Problem, WrongType, WrongVersio
 from headway.files import CutOff
 from headway.job import Upload
 from headway.uploads import Checksum
+from services.web.api import schemas
 from services.web.api.answers import answer, refuse
 from services.web.api.digests import decoded
 from services.web.api.files import media_type, named
@@ -30,6 +31,7 @@ NUMBER = re.compile(r"\d{1,18}", re.ASCII)
 LONGEST_METADATA = 4096
 # What clients call the name and the type of a file.
 NAMES, TYPES = ("name", "filename"), ("filetype", "type", "content_type")
+RESUMABLE = schemas.header("Tus-Resumable", "The version of tus.", required=True, enum=[VERSION])
 
 router = Router(tags=["uploads"])
 
@@ -70,7 +72,16 @@ async def tus_options(request: ApiRequest) -> HttpResponse:
     )
 
 
-@router.post("", summary="Begin an upload", response={201: None})
+@router.post(
+    "",
+    summary="Begin an upload",
+    response={201: None},
+    openapi_extra=schemas.headers(
+        RESUMABLE,
+        schemas.header("Upload-Length", "The size of the file in bytes.", required=True, pattern="^[0-9]+$"),
+        schemas.header("Upload-Metadata", "`filename`, `filetype`, `expires`: each with a space and its base64."),
+    ),
+)
 @tus
 async def create_upload(request: ApiRequest) -> HttpResponse:
     """`Upload-Length` is the size of the file; `Upload-Metadata` may say `filename`, `filetype` and `expires`.
@@ -105,7 +116,7 @@ async def create_upload(request: ApiRequest) -> HttpResponse:
     return HttpResponse(status=201, headers={"Location": f"/api/v1/uploads/{upload.id}", **_headers(upload)})
 
 
-@router.get("/{uuid:upload_id}", summary="How far an upload is")
+@router.get("/{uuid:upload_id}", summary="How far an upload is", response=schemas.Upload)
 @tus
 async def get_upload(request: ApiRequest, upload_id: UUID) -> HttpResponse:
     """`offset` of `size` bytes have arrived; `file` is the id of the file once it is whole. HEAD is tus' question."""
@@ -116,7 +127,17 @@ async def get_upload(request: ApiRequest, upload_id: UUID) -> HttpResponse:
     return answer(upload.as_json(), headers=headers)
 
 
-@router.patch("/{uuid:upload_id}", summary="Send bytes of an upload", response={204: None})
+@router.patch(
+    "/{uuid:upload_id}",
+    summary="Send bytes of an upload",
+    response={204: None},
+    openapi_extra=schemas.headers(
+        RESUMABLE,
+        schemas.header("Upload-Offset", "Where in the file the body begins.", required=True, pattern="^[0-9]+$"),
+        schemas.header("Upload-Checksum", "A hash's name, a space, and the body's hash in base64."),
+    )
+    | {"requestBody": {"required": True, "content": {BYTES: {"schema": {"type": "string", "format": "binary"}}}}},
+)
 @tus
 async def append(request: ApiRequest, upload_id: UUID) -> HttpResponse:
     """The body goes on at `Upload-Offset`. What arrives is kept also if the connection breaks.
