@@ -111,7 +111,7 @@ async def test_a_revoked_key_is_refused_within_five_seconds(
             return await status(http, other.text) == await status(http, brief.text) == 401
 
         await until(both_refused)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 4
         assert await status(http, tenant.api_key) == 200
 
 

@@ -417,7 +417,7 @@ async def test_an_import_that_is_stopped_midway_leaves_no_table(
 
 async def test_a_cancel_during_the_commit_comes_too_late(service: Service, source: asyncpg.Connection) -> None:
     await source.execute("""
-        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(1); RETURN NULL; END';
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(3); RETURN NULL; END';
         CREATE FUNCTION wait_at_commit() RETURNS event_trigger LANGUAGE plpgsql AS $$ BEGIN
             EXECUTE 'CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON '
                 || (SELECT object_identity FROM pg_event_trigger_ddl_commands())

@@ -146,7 +146,7 @@ async def test_rows_come_into_a_table_that_exists(service: Service, lite: sqlite
 
 
 async def test_imports_and_readers_of_one_database_wait_for_each_other(
-    service: Service, lite: sqlite3.Connection, monkeypatch: pytest.MonkeyPatch
+    service: Service, lite: sqlite3.Connection, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(csv_import, "KEEP_EVERY", 0.0)
     data = b"a\n" + b"".join(b"%d\n" % n for n in range(30_000))
@@ -154,9 +154,20 @@ async def test_imports_and_readers_of_one_database_wait_for_each_other(
     lite.execute("BEGIN")
     lite.execute("SELECT * FROM mine").fetchall()
 
-    jobs = [asyncio.create_task(ended(service, data, table=name)) for name in ("t", "u")]
     answer = await service.http.post("/api/v1/query", json={"source": "lite", "sql": "SELECT count(*) FROM mine"})
     assert answer.json()["rows"] == [[0]]
+    jobs = [asyncio.create_task(ended(service, data, table=name)) for name in ("t", "u")]
+
+    def waits() -> bool:
+        """Whether an import stands before its commit: then nobody new may read."""
+        with closing(sqlite3.connect(place, timeout=0)) as other:
+            try:
+                other.execute("SELECT * FROM mine").fetchall()
+            except sqlite3.OperationalError:
+                return True
+        return False
+
+    await until(waits)
     lite.execute("COMMIT")
 
     assert [(await job)["state"] for job in jobs] == ["succeeded", "succeeded"]

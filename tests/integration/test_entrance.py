@@ -103,10 +103,14 @@ async def test_sockets_and_streams_end_within_five_seconds_of_their_key(
     issued = (await http.post("/api/v1/ws-tickets", json={"origin": APP}, headers=bearer)).json()["ticket"]
     unused = (await http.post("/api/v1/ws-tickets", json={"origin": APP}, headers=bearer)).json()["ticket"]
 
-    async def stream() -> list[str]:
+    told = asyncio.Event()
+
+    async def stream() -> None:
         headers = {**bearer, "Accept": "text/event-stream"}
         async with http.stream("GET", f"/api/v1/jobs/{job_id}/events", headers=headers, timeout=10) as answer:
-            return [line async for line in answer.aiter_lines()]
+            async for line in answer.aiter_lines():
+                if "snapshot" in line:
+                    told.set()
 
     async with (
         client(http, "/ws/v1", key=revoked.text) as by_key,
@@ -117,13 +121,14 @@ async def test_sockets_and_streams_end_within_five_seconds_of_their_key(
         streaming = asyncio.create_task(stream())
         for one in (by_key, by_ticket, in_a_room, other):
             assert await opened(one)
+        await told.wait()
         began = time.monotonic()
         await database.execute("UPDATE api_keys SET revoked_at = now() WHERE id = $1", revoked.id)
         await database.execute("UPDATE api_keys SET expires_at = now() WHERE id = $1", brief.id)
         for one in (by_key, by_ticket, in_a_room):
             code, reason = await one.ended()
             assert (code, "revoked" in reason) == (4001, True)
-        assert any("snapshot" in line for line in await streaming)
+        await streaming
         assert time.monotonic() - began < 5
         assert other.closed is None
         async with client(http, "/ws/v1", ticket=unused, origin=APP) as late:

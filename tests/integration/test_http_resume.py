@@ -106,6 +106,7 @@ async def test_a_deploy_costs_only_the_urls_under_way(
     engine: Engine, site: GatedSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.worker.kinds.saved.SAVE_EVERY", 60.0)
+    monkeypatch.setattr("services.worker.kinds.http_fetch.LAST_SAVE", 8.0)
     urls = site.urls(300)
     job_id = await engine.submit_kind("http.fetch", {"urls": urls, "concurrency": 10, "per_host": 10})
     site.allow(250)
@@ -148,7 +149,10 @@ async def test_crashes_cost_only_what_was_not_saved(
     assert {path: site.asked[path] for path in was} == asked
 
 
-async def test_lines_that_are_gone_are_made_again(engine: Engine, site: GatedSite) -> None:
+async def test_lines_that_are_gone_are_made_again(
+    engine: Engine, site: GatedSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("services.worker.kinds.http_fetch.LAST_SAVE", 8.0)
     urls = site.urls(30)
     job_id = await engine.submit_kind("http.fetch", {"urls": urls, "per_host": 20})
     site.allow(20)

@@ -19,6 +19,7 @@ from PIL import Image
 from headway.embedded import Embedded
 from headway.job import Job
 from headway.states import JobState
+from services.worker import process as child_process
 from services.worker.kinds.image_archive import Archive
 from services.worker.kinds.image_pool import room
 from services.worker.kinds.image_sheet import Sheet
@@ -271,7 +272,9 @@ async def test_a_job_that_is_drained_goes_on_and_makes_the_same_to_the_byte(engi
 
 @pytest.mark.timeout(120)
 async def test_a_job_whose_worker_is_killed_goes_on_from_what_was_saved(engine: Engine, tmp_path: Path) -> None:
-    file = str((await engine.upload(album(100))).id)
+    # Longer than it takes to the first save, on any number of cores.
+    count = 60 * room()
+    file = str((await engine.upload(album(count))).id)
     spawner = Spawner(engine, tmp_path)
     try:
         process = await spawner(lease=3.0)
@@ -293,10 +296,10 @@ async def test_a_job_whose_worker_is_killed_goes_on_from_what_was_saved(engine: 
     finally:
         await spawner.end()
 
-    assert (job.state, job.result["images"], job.result["rejected"]) == (JobState.SUCCEEDED, 100, 1)
+    assert (job.state, job.result["images"], job.result["rejected"]) == (JobState.SUCCEEDED, count, 1)
     assert (await engine.row(job_id))["crashes"] == 1
     archive = zipfile.ZipFile(io.BytesIO(await content(engine, job, "thumbnails.zip")))
-    wanted = [f"{size}/{number:04}.avif" for number in range(100) for size in SLOW["sizes"]]
+    wanted = [f"{size}/{number:04}.avif" for number in range(count) for size in SLOW["sizes"]]
     assert archive.namelist() == wanted
     assert archive.testzip() is None
 
@@ -311,7 +314,8 @@ async def test_a_cancel_ends_the_job_and_all_its_processes_at_once(engine: Engin
         began = time.monotonic()
         await engine.lifecycle.cancel(job_id, engine.tenant.id)
         job = await engine.ended(job_id)
-        assert time.monotonic() - began < 2
+        # It has ended by itself: it would be killed later.
+        assert time.monotonic() - began < child_process.GRACE
         assert job.state == JobState.CANCELLED
         assert not any(map(lives, running))
         await until(lambda: not files_below(engine.settings.home / "files" / "artifacts"))

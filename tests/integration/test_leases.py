@@ -105,15 +105,16 @@ async def test_renewal_goes_on_after_its_connection_was_killed(engine: Engine) -
 
 
 async def test_a_renewal_whose_answer_was_lost_is_tried_again_in_time(engine: Engine) -> None:
-    end = asyncio.Event()
+    begun, end = asyncio.Event(), asyncio.Event()
 
     async def handler(job: JobContext) -> None:
+        begun.set()
         await end.wait()
 
     lost = counted(metrics.lease_lost)
     async with behind_proxy(engine.settings) as (proxy, settings), worker(settings, lease=LEASE):
         job_id = await engine.submit(handler)
-        await engine.running(job_id)
+        await begun.wait()
         # Of all that the worker is told only the answer to a renewal names the job.
         await proxy.cut_reply(containing=job_id.bytes)
         first = (await engine.row(job_id))["lease_expires_at"]
@@ -129,10 +130,11 @@ async def test_a_renewal_whose_answer_was_lost_is_tried_again_in_time(engine: En
 
 
 async def test_an_attempt_that_is_cut_off_from_postgres_stops_before_its_lease_ends(engine: Engine) -> None:
-    stopped_at: list[float] = []
+    begun, stopped_at = asyncio.Event(), list[float]()
 
     async def handler(job: JobContext) -> str:
         if job.attempt == 1 and not stopped_at:
+            begun.set()
             try:
                 await asyncio.sleep(60)
             finally:
@@ -142,10 +144,11 @@ async def test_an_attempt_that_is_cut_off_from_postgres_stops_before_its_lease_e
     lost = counted(metrics.lease_lost)
     async with (
         behind_proxy(engine.settings) as (proxy, settings),
-        worker(settings.model_copy(update={"slots": 1}), lease=LEASE),
+        # What must be left of a lease is more than the time between two looks at it.
+        worker(settings.model_copy(update={"slots": 1}), lease=2 * LEASE),
     ):
         job_id = await engine.submit(handler)
-        await engine.running(job_id)
+        await begun.wait()
         proxy.blackhole()
         lease_ends = time.monotonic() + await lease_left(engine, job_id)
         await until(lambda: stopped_at)
@@ -220,7 +223,7 @@ async def test_a_cancel_reaches_the_attempt_that_holds_the_job(engine: Engine) -
 
     async with worker(engine.settings, lease=LEASE):
         job_id = await engine.submit(handler)
-        await until(lambda: runs == 2)
+        await until(lambda: runs == 2 and interrupted == [1])
         await engine.lifecycle.cancel(job_id, engine.tenant.id)
         job = await engine.ended(job_id)
         stop.set()

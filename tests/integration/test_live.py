@@ -72,7 +72,7 @@ def check(frames: list[Frame], job_id: str) -> list[Frame]:
 
 
 async def test_a_job_is_followed_from_its_snapshot_to_its_end(service: Service) -> None:
-    job = await submit(service.http, seconds=0.6)
+    job = await submit(service.http, seconds=2)
     frames, code, _ = await closing(service.http, job["id"])
     events = check(frames, job["id"])
     assert code == 1000
@@ -81,7 +81,7 @@ async def test_a_job_is_followed_from_its_snapshot_to_its_end(service: Service) 
     assert [step["done"] for step in progress] == sorted(step["done"] for step in progress)
     assert progress[-1]["unit"] == "seconds"
     last = events[-1]
-    assert (last["t"], last["d"]["state"], last["d"]["result"]) == ("state", "succeeded", {"seconds": 0.6})
+    assert (last["t"], last["d"]["state"], last["d"]["result"]) == ("state", "succeeded", {"seconds": 2})
     assert last["seq"] == (await ended(service.http, job["id"]))["seq"]
 
 
@@ -147,7 +147,7 @@ async def test_followers_survive_the_loss_of_all_subscriptions(service: Service,
 async def test_without_redis_the_end_is_read_from_postgres(settings: Settings, redis: Redis, tenant: Tenant) -> None:
     away = settings.model_copy(update={"redis_url": SecretStr("redis://127.0.0.1:1/0")})
     async with worker(settings), idle(away, tenant) as http, asyncio.timeout(12):
-        job = await submit(http, seconds=0.5)
+        job = await submit(http, seconds=2)
         frames, code, _ = await closing(http, job["id"])
     assert check(frames, job["id"])[-1]["d"]["state"] == "succeeded"
     assert code == 1000
@@ -331,7 +331,7 @@ async def test_daphne_serves_the_same(settings: Settings, redis: Redis, tenant: 
         process(settings, *daphne, port=port),
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, trust_env=False, verify=False) as http,
     ):
-        job = await submit(http, seconds=0.5)
+        job = await submit(http, seconds=2)
         frames, code, _ = await closing(http, job["id"])
         assert check(frames, job["id"])[-1]["d"]["state"] == "succeeded"
         assert code == 1000

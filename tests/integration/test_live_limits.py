@@ -20,7 +20,7 @@ from tests.conftest import Tenant, until
 from tests.integration.live_clients import live, stream
 from tests.integration.test_api_jobs import idle, submit
 
-PATIENCE = 10.0
+PATIENCE = 40.0
 
 
 @pytest.fixture
@@ -139,6 +139,7 @@ async def test_who_does_not_subscribe_and_who_stays_too_long_is_let_go(
         await following.ask("subscribe", jobs=[{"job": job}])
         assert (await idle.closed())[0] == 4500
         assert (await following.ask("pong"))["t"] == "ack"
+    monkeypatch.setattr(sessions, "FIRST_SUBSCRIBE_WITHIN", 10.0)
     monkeypatch.setattr(session, "OLDEST", 1.0)
     async with live(http) as old, stream(http, f"/jobs/{job}/events") as events:
         await old.ask("subscribe", jobs=[{"job": job}])
@@ -186,8 +187,13 @@ def narrow(http: httpx.AsyncClient) -> net.socket:
     return sock
 
 
-async def test_a_slow_reader_is_cut_off_and_others_go_on(settings: Settings, redis: Redis, tenant: Tenant) -> None:
+async def test_a_slow_reader_is_cut_off_and_others_go_on(
+    settings: Settings, redis: Redis, tenant: Tenant, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By what waits for it, long before its time is up."""
+    from services.web.live import sessions
+
+    monkeypatch.setattr(sessions, "PATIENCE", PATIENCE)
     layer = Layer(settings.redis_url.get_secret_value())
     data = {"message": "x" * 8000, "level": "info", "at": "2026-01-01T00:00:00.000Z"}
     async with idle(settings, tenant) as http:

@@ -221,7 +221,7 @@ async def test_of_much_progress_the_newest_is_told(stopped: Stopped) -> None:
         await socket.until(lambda frame: frame["t"] == "progress" and frame["d"]["done"] == 0)
         for place in range(0, len(reports), 10):
             await job.publish(reports[place : place + 10])
-        newest = await socket.until(lambda frame: frame["seq"] == reports[-1].seq)
+        newest = await socket.until(lambda frame: frame.get("seq") == reports[-1].seq)
         assert newest["d"]["done"] == 499
         told = socket.of(job.id, "progress")
         assert len(told) < 250

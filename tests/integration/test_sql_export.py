@@ -188,7 +188,7 @@ async def test_the_timeout_of_a_job_ends_a_statement_that_lets_nobody_cancel_it(
             LOOP BEGIN PERFORM pg_sleep(600); EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP;
         END $$
     """)
-    job = await service.client.submit("sql.export", {"sql": "SELECT stubborn()"}, timeout=5, max_attempts=1)
+    job = await service.client.submit("sql.export", {"sql": "SELECT stubborn()"}, timeout=10, max_attempts=1)
     await until(lambda: source.fetchval(f"{ACTIVE} AND query LIKE '%stubborn()'"), 40)
     job = await service.client.wait(job["id"], timeout=40)
     assert (job["state"], job["error"]["type"]) == ("failed", "timed-out")

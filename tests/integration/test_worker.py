@@ -356,7 +356,7 @@ async def test_a_claim_that_is_under_way_when_the_drain_begins_is_not_lost(engin
     gate.open.set()
     async with behind_proxy(engine.settings) as (proxy, settings), worker(settings) as app:
         await engine.ended(await engine.submit(gate))
-        proxy.latency = 0.2
+        proxy.latency = 0.5
         job_id = await engine.submit(gate)
         # Claimed in Postgres; the worker does not know it yet.
         await engine.running(job_id)
@@ -395,7 +395,8 @@ async def test_a_drain_ends_though_the_database_is_away(engine: Engine, monkeypa
         await until(lambda: gate.now)
         proxy.blackhole()
         with capture_logs() as logs:
-            async with asyncio.timeout(5):
+            # A statement that is under way as Postgres goes silent is given up after ten.
+            async with asyncio.timeout(20):
                 await app.worker.drain(0)
         proxy.restore()
         await until(lambda: not app.worker.tasks)

@@ -209,7 +209,7 @@ async def test_a_heartbeat_shows_that_the_last_frame_was_lost(script: Script, cl
 
 
 async def test_a_silent_server_is_left(script: Script, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "SLACK", 0.1)
+    monkeypatch.setattr(live, "SLACK", 1.0)
     script.sockets = [[snapshot(1), "silence"], [state(1, 2, "succeeded")]]
     script.answers = [(200, job(1))]
 
