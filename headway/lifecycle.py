@@ -73,9 +73,9 @@ class Lifecycle:
         return job, first is None
 
     async def submit_batch(self, batch: Sequence[NewJob]) -> tuple[list[Job], bool]:
-        """Accept jobs together: all are committed when this returns, or none is. False if all were there already.
+        """Accept jobs together: all are committed when this returns, or none is. False if they were there already.
 
-        Raises KeyReused as `submit` does.
+        Raises KeyReused as `submit` does, or Conflict if some that were there are deleted by now.
         """
         written = await self._insert([new.as_record() for new in batch], together=True)
         self._accepted(written)

@@ -15,7 +15,7 @@ from uuid import UUID
 import asyncpg
 
 from headway import metrics
-from headway.errors import JobError, KeyReused, LeaseLost
+from headway.errors import Conflict, JobError, KeyReused, LeaseLost
 from headway.job import Artifact, Claim, Ending, Event, File, Job, Priority, timestamp
 from headway.keys import LiveKey
 from headway.states import JobState
@@ -30,6 +30,7 @@ OUTAGES: tuple[type[BaseException], ...] = (
     # A statement that is begun between Postgres' last word on a connection and its end.
     asyncpg.InternalClientError,
     asyncpg.OperatorInterventionError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
     asyncpg.InsufficientResourcesError,
     asyncpg.ReadOnlySQLTransactionError,
     asyncpg.TransactionRollbackError,
@@ -128,17 +129,20 @@ class Store:
         """For each job its row, its position and, if its idempotency key was taken, the digest of the first request.
 
         Raises LeaseLost for children of an attempt that is over; then none of `jobs` was written that is such a child.
-        `together` all of them are written or, if the key of one came with another request, none: KeyReused.
+        `together` all of them are written, or none: KeyReused if the key of one came with another request, Conflict if
+        they were there before and some are deleted by now.
         """
         async with self._transaction() if together else nullcontext(self.rows) as statement:
+            if together:
+                # A client that vanishes now must not hold its keys.
+                await statement("SET LOCAL idle_in_transaction_session_timeout = '5s'")
             rows: dict[UUID, Submitted] = {
                 row["id"]: (as_job(row), row["position"], None) for row in await statement(sql.SUBMIT, jobs)
             }
             if missing := [job for job in jobs if UUID(job["id"]) not in rows]:
                 rows |= await self.submitted_before(missing, statement)
-            found = [(rows[UUID(job["id"])][2], job["digest"]) for job in missing if UUID(job["id"]) in rows]
-            if together and any(first not in (None, digest) for first, digest in found):
-                raise KeyReused(REUSED)
+            if together:
+                _check_whole(jobs, [rows.get(UUID(job["id"])) for job in jobs])
         if gone := [job for job in missing if UUID(job["id"]) not in rows]:
             if any(job["parent_id"] for job in gone):
                 raise LeaseLost("The attempt that submits children is over; another worker may have the job.")
@@ -321,9 +325,10 @@ class Store:
     async def announce_kinds(self, kinds: Sequence[Mapping[str, Any]]) -> None:
         await self.rows(reads.ANNOUNCE_KINDS, kinds)
 
-    async def keep_announced(self, kinds: Sequence[str]) -> None:
-        """Say that a worker still runs these: to be called at least every few minutes."""
+    async def tend_kinds(self, kinds: Sequence[str]) -> None:
+        """Say that a worker still runs these, and let jobs of idle ones keep up; to be called every few seconds."""
         await self.rows(reads.KEEP_ANNOUNCED, kinds)
+        await self.rows(sql.FOLLOW)
 
     async def kinds(self) -> list[dict[str, Any]]:
         return [dict(row) for row in await self.rows(reads.KINDS)]
@@ -349,6 +354,15 @@ def as_job(row: asyncpg.Record) -> Job:
             "priority": Priority(row["priority"]),
         }
     )
+
+
+def _check_whole(jobs: Sequence[Mapping[str, Any]], rows: Sequence[Submitted | None]) -> None:
+    """Raises KeyReused or Conflict if not all of `rows` were written by one request, of this one's jobs."""
+    first = [row[2] if row else None for row in rows]
+    if any(digest not in (None, job["digest"]) for job, digest in zip(jobs, first, strict=True)):
+        raise KeyReused(REUSED)
+    if any(first) and not all(first):
+        raise Conflict("This request was done before, and some of its jobs are deleted by now; use a new key.")
 
 
 def _claim(row: asyncpg.Record) -> Claim:

@@ -20,42 +20,82 @@ RUN_AT = f"to_char(run_at AT TIME ZONE 'UTC', {FORM})"
 
 # Kinds of which no job is begun: those that are paused, and those that no worker has announced for a while, though
 # others were.
-IDLE = """
-    SELECT name FROM kinds WHERE paused_at IS NOT NULL
-        OR announced_at < (SELECT max(announced_at) FROM kinds) - interval '5 minutes'"""
+IDLE = """ARRAY(
+        SELECT name FROM kinds WHERE paused_at IS NOT NULL
+            OR announced_at < (SELECT max(announced_at) FROM kinds) - interval '5 minutes'
+    )"""
 
 
-def _flows(turn: str = "0") -> str:
-    """Where each flow of `f` goes on, one with nothing in the queue `turn` behind its head.
-
-    Queued jobs are run by position: start-time fair queueing over the flows of each tenant and priority. A new job
-    stands a step behind the last of its flow, or at the head of the whole queue if its flow is empty; a step is 1 for
-    high, 4 for normal, 16 for low. So tenants take turns, high goes before low, and no flow waits for ever. The
-    fraction of a place lets high go first among equals. Jobs of idle kinds are not the head: it would stand still, and
-    whoever comes with an empty flow go before all who wait. What is parked keeps its order behind all of its flow, and
-    puts off nobody: the others stand behind the last that is not parked, and so does a parked one that is let in.
-    """
-    return f"""
-    SELECT tenant_id, priority, keyed, greatest(
-        (
-            SELECT floor(min(first.position)) + {turn} FROM kinds CROSS JOIN LATERAL (
+# Of each kind the first job in the queue.
+FIRSTS = f"""
+            SELECT name, name = ANY ({IDLE}) AS idle, first.position, first.position + moved AS place
+            FROM kinds CROSS JOIN LATERAL (
                 SELECT position FROM jobs WHERE state = 'queued' AND kind = kinds.name AND crashes < 2 AND NOT parked
                 ORDER BY position, id LIMIT 1
-            ) first WHERE kinds.name <> ALL (ARRAY({IDLE}))
-        ),
-        CASE WHEN keyed THEN (
-            SELECT floor(max(position)) + power(4, f.priority) FROM jobs q
-            WHERE q.state = 'queued' AND q.tenant_id = f.tenant_id AND q.priority = f.priority
-        ) ELSE (
-            SELECT floor(max(position)) + power(4, f.priority) FROM jobs q
-            WHERE q.state = 'queued' AND q.tenant_id = f.tenant_id AND q.priority = f.priority AND NOT parked
-        ) END,
-        0
-    ) AS start FROM f"""
+            ) first"""
 
 
-PLACE = """start + priority / 4.0
-        + power(4, priority) * (row_number() OVER (PARTITION BY tenant_id, priority, keyed ORDER BY id) - 1)"""
+def _line(keyed: str) -> str:
+    """The last place of the flow `f` in the queue, without jobs of idle kinds."""
+    return f"""(
+            SELECT max(last.position + moved) FROM kinds CROSS JOIN LATERAL (
+                SELECT position FROM jobs WHERE state = 'queued' AND NOT parked AND concurrency_key {keyed}
+                    AND tenant_id = f.tenant_id AND priority = f.priority AND kind = kinds.name
+                ORDER BY position DESC LIMIT 1
+            ) last WHERE kinds.name <> ALL ({IDLE})
+        )"""
+
+
+def _first_parked(tenant: str, key: str) -> str:
+    """The first place of what is parked for a concurrency key: one look at the index for each priority."""
+    return f"""(
+            SELECT min(first.position) FROM generate_series(0, 2) p CROSS JOIN LATERAL (
+                SELECT position FROM jobs WHERE state = 'queued' AND parked AND tenant_id = {tenant}
+                    AND concurrency_key = {key} AND priority = p ORDER BY position LIMIT 1
+            ) first
+        )"""
+
+
+# Where a job stands in the queue: while its kind was idle, all of that kind were moved on.
+PLACE = "position + coalesce((SELECT moved FROM kinds WHERE name = kind), 0) AS position"
+
+# Gives places, `placed`, to the jobs `r`, (id, tenant_id, kind, priority, keyed, key): those with a `key` are parked
+# for it, the others stand in the queue.
+#
+# Queued jobs are run by position: start-time fair queueing over the flows of each tenant and priority. A new job stands
+# a step behind the last of its flow, or at the head of the whole queue if its flow is empty; a step is 1 for high, 4
+# for normal, 16 for low. So tenants take turns, high goes before low, and no flow waits for ever. The fraction lets
+# high go first among equals. Who has something running has just had a turn, and comes a step behind the head.
+#
+# Jobs of idle kinds hold nobody up. They are not the head: it would stand still, and whoever comes with an empty flow
+# go before all who wait; only where nothing else is queued it is theirs. Nor are they the last of a flow. They keep up
+# with the head (FOLLOW), so that they go before nobody once their kind is back.
+#
+# What is parked is ordered in the same way among those of its key, and is in no flow. When it is let in, another of its
+# key has had its turn: it stands a step behind the head, or behind the last of its flow that has a key. Those with keys
+# are a flow of their own, so that neither waits for all of the other.
+PLACED = f"""f AS (
+    SELECT DISTINCT tenant_id, priority, keyed, key FROM r
+), flows AS (
+    SELECT f.*, CASE
+        WHEN key <> '' THEN greatest({_first_parked("f.tenant_id", "key")}, (
+            SELECT max(position) FROM jobs WHERE state = 'queued' AND parked AND tenant_id = f.tenant_id
+                AND concurrency_key = key AND priority = f.priority
+        ) + step, 0)
+        WHEN keyed THEN greatest(head + step, {_line("IS NOT NULL")} + step, 0)
+        ELSE greatest(head + CASE WHEN EXISTS (
+            SELECT FROM jobs WHERE state = 'running' AND tenant_id = f.tenant_id AND priority = f.priority
+        ) THEN step ELSE 0 END, {_line("IS NULL")} + step, 0)
+    END AS start
+    FROM (SELECT *, power(4, priority) AS step FROM f) f CROSS JOIN (
+        SELECT coalesce(min(place) FILTER (WHERE NOT idle), min(place)) AS head FROM ({FIRSTS}) firsts
+    ) queue
+), placed AS (
+    SELECT id, floor(start) + priority / 4.0
+        + step * (row_number() OVER (PARTITION BY tenant_id, priority, keyed, key ORDER BY id) - 1)
+        - CASE WHEN key = '' THEN coalesce(moved, 0) ELSE 0 END AS position
+    FROM r JOIN flows USING (tenant_id, priority, keyed, key) LEFT JOIN kinds ON name = kind
+)"""
 
 # Insert jobs, each with its first event. One that is there already is left out of the answer: it came with an
 # idempotency key that is taken, or it is sent again because the answer was lost.
@@ -64,29 +104,30 @@ PLACE = """start + priority / 4.0
 # $1: [{id, tenant_id, kind, input, tags, priority, timeout, max_attempts, run_at, delay, concurrency_key,
 # concurrency_limit, parent_id, parent_token, depth, retry_of, idempotency_key, digest}]
 SUBMIT = f"""
-WITH r AS (
-    SELECT *, concurrency_key IS NOT NULL AS keyed, coalesce(run_at, now() + delay * interval '1 second') AS due
-    FROM jsonb_to_recordset($1::jsonb) AS r (
+WITH asked AS (
+    SELECT *, coalesce(run_at, now() + delay * interval '1 second') AS due FROM jsonb_to_recordset($1::jsonb) AS r (
         id uuid, tenant_id uuid, kind text, input jsonb, tags text[], priority smallint, timeout float8,
         max_attempts int, run_at timestamptz, delay float8, concurrency_key text, concurrency_limit smallint,
         parent_id uuid, parent_token bigint, depth smallint, retry_of uuid, idempotency_key text, digest text
     )
 ), parents AS (
     SELECT jobs.id FROM jobs
-    JOIN (SELECT DISTINCT parent_id, parent_token FROM r) p ON jobs.id = p.parent_id AND jobs.token = p.parent_token
+    JOIN (SELECT DISTINCT parent_id, parent_token FROM asked) p
+        ON jobs.id = p.parent_id AND jobs.token = p.parent_token
     WHERE jobs.state = 'running' ORDER BY jobs.id FOR SHARE OF jobs
-), f AS (
-    SELECT DISTINCT tenant_id, priority, keyed FROM r
-), flows AS ({_flows()}
-), new AS (
+), r AS (
+    SELECT id, tenant_id, kind, priority, concurrency_key IS NOT NULL AS keyed, coalesce(concurrency_key, '') AS key
+    FROM asked WHERE coalesce(due <= now(), true)
+), {PLACED}, new AS (
     INSERT INTO jobs (
         id, tenant_id, kind, state, input, tags, priority, timeout, max_attempts, run_at, position,
         concurrency_key, concurrency_limit, parked, parent_id, depth, retry_of, idempotency_key, request_digest, seq
     )
     SELECT id, tenant_id, kind, CASE WHEN due > now() THEN 'scheduled' ELSE 'queued' END, coalesce(input, 'null'),
-        tags, priority, timeout, max_attempts, due, {PLACE},
-        concurrency_key, concurrency_limit, keyed, parent_id, depth, retry_of, idempotency_key, digest, 1
-    FROM r JOIN flows USING (tenant_id, priority, keyed)
+        tags, priority, timeout, max_attempts, due, coalesce(position, 0),
+        concurrency_key, concurrency_limit, concurrency_key IS NOT NULL, parent_id, depth, retry_of,
+        idempotency_key, digest, 1
+    FROM asked LEFT JOIN placed USING (id)
     WHERE parent_id IS NULL OR parent_id IN (SELECT id FROM parents)
     ON CONFLICT DO NOTHING
     RETURNING {JOB}, position
@@ -95,7 +136,7 @@ WITH r AS (
     SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}, 'run_at', {RUN_AT})
     FROM new
 )
-SELECT {JOB}, position FROM new
+SELECT {JOB}, {PLACE} FROM new
 """
 
 # For each request the job of its id, or else the one that its key was used for. $1: [{id, tenant_id, idempotency_key}]
@@ -113,24 +154,20 @@ def _queue(which: str) -> str:
     """Queue scheduled jobs: those that `which`, a condition and an order, selects."""
     return f"""
 WITH r AS (
-    SELECT id, tenant_id, priority, concurrency_key IS NOT NULL AS keyed
+    SELECT id, tenant_id, kind, priority, concurrency_key IS NOT NULL AS keyed, coalesce(concurrency_key, '') AS key
     FROM jobs WHERE state = 'scheduled' AND {which} LIMIT $1 FOR UPDATE SKIP LOCKED
-), f AS (
-    SELECT DISTINCT tenant_id, priority, keyed FROM r
-), flows AS ({_flows()}
-), placed AS (
-    SELECT id, keyed, {PLACE} AS position FROM r JOIN flows USING (tenant_id, priority, keyed)
-), queued AS (
-    UPDATE jobs SET state = 'queued', position = placed.position, seq = seq + 1, parked = keyed
+), {PLACED}, queued AS (
+    UPDATE jobs SET
+        state = 'queued', position = placed.position, seq = seq + 1, parked = concurrency_key IS NOT NULL
     FROM placed WHERE jobs.id = placed.id
-    RETURNING jobs.id, jobs.tenant_id, jobs.concurrency_key, jobs.state, jobs.attempt, jobs.epoch, jobs.seq,
-        jobs.position
+    RETURNING jobs.id, jobs.tenant_id, jobs.kind, jobs.concurrency_key, jobs.state, jobs.attempt, jobs.epoch,
+        jobs.seq, jobs.position
 ), told AS (
     INSERT INTO events (job_id, seq, type, data)
     SELECT id, seq, 'state', jsonb_build_object('state', state, 'attempt', attempt, 'at', {AT}) FROM queued
     RETURNING job_id, data
 )
-SELECT id, tenant_id, concurrency_key, epoch, seq, data, position FROM queued JOIN told ON told.job_id = queued.id
+SELECT id, tenant_id, concurrency_key, epoch, seq, data, {PLACE} FROM queued JOIN told ON told.job_id = queued.id
 """
 
 
@@ -147,8 +184,9 @@ WAKE = _queue(f"""run_at IS NULL AND NOT EXISTS (
 SUSPECTED = "SELECT FROM jobs WHERE state = 'running' AND worker = $3 AND crashes > 1"
 
 # Claim those of the jobs $1 that are still queued, one suspect at most. Rows that another worker is claiming are passed
-# over. A job with a concurrency key takes one of the key's places, or is parked if none is free. Jobs of a key whose
-# places another worker is taking are passed over too: two claims that wait for each other's places would be a deadlock.
+# over. A job with a concurrency key takes one of the key's places, or is parked first in line if none is free. Jobs of
+# a key whose places another worker is taking are passed over too: two claims that wait for each other's places would be
+# a deadlock.
 # One that cannot see yet what was taken a moment ago is told by the unique index `jobs_concurrency`, and is to be run
 # again.
 # The rows are found by their ids: `state || ''` keeps the planner from walking through the whole queue instead.
@@ -181,7 +219,8 @@ WITH queued AS (
         ORDER BY place OFFSET q.turn - 1 LIMIT 1
     ) free ON true
 ), parked AS (
-    UPDATE jobs SET parked = true FROM placed WHERE jobs.id = placed.id AND placed.place IS NULL
+    UPDATE jobs SET parked = true, position = coalesce({_first_parked("jobs.tenant_id", "jobs.concurrency_key")}, 0)
+    FROM placed WHERE jobs.id = placed.id AND placed.place IS NULL
     RETURNING jobs.id, jobs.tenant_id, jobs.concurrency_key
 ), ready AS (
     SELECT id, place FROM (
@@ -208,9 +247,8 @@ SELECT id, tenant_id, NULL, NULL, NULL, NULL, concurrency_key, NULL, NULL, NULL,
 FROM parked
 """
 
-# Let those parked jobs stand in the queue that are next in line for the free places of their keys, each behind the last
-# of its flow that is not parked, or where it stood if that is nearer. If the flow is empty, another of the key has just
-# had its turn: this one comes a step behind the head.
+# Let those parked jobs stand in the queue that are next in line for the free places of their keys. Those of idle kinds
+# take no place from the others.
 # $1: tenants, $2: the concurrency key of each
 UNPARK = f"""
 WITH k AS (
@@ -219,28 +257,48 @@ WITH k AS (
         WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'running'
     ) AS running, (
         SELECT concurrency_limit FROM jobs
-        WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued' AND kind <> ALL (ARRAY({IDLE}))
-        ORDER BY position, id LIMIT 1
-    ) AS places
-    FROM unnest($1::uuid[], $2::text[]) AS k (tenant_id, key)
+        WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued' AND parked
+        ORDER BY priority, position LIMIT 1
+    ) AS places, standing.*
+    FROM unnest($1::uuid[], $2::text[]) AS k (tenant_id, key) CROSS JOIN LATERAL (
+        SELECT count(*) AS standing, count(*) FILTER (WHERE kind <> ALL ({IDLE})) AS ready FROM jobs
+        WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued' AND NOT parked
+    ) standing
 ), next AS (
     SELECT q.id FROM k CROSS JOIN LATERAL (
-        SELECT id, parked, concurrency_limit, row_number() OVER (ORDER BY position, id) AS turn FROM jobs
-        WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued' AND kind <> ALL (ARRAY({IDLE}))
-        ORDER BY position, id LIMIT k.places
-    ) q WHERE q.parked AND q.turn <= q.concurrency_limit - k.running
+        SELECT id, idle, concurrency_limit, row_number() OVER (ORDER BY idle, position, id) AS turn
+        FROM generate_series(0, 2) p CROSS JOIN LATERAL (
+            (
+                SELECT id, position, concurrency_limit, kind = ANY ({IDLE}) AS idle FROM jobs
+                WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued' AND parked
+                    AND priority = p
+                ORDER BY position, id LIMIT k.places
+            ) UNION (
+                SELECT id, position, concurrency_limit, false FROM jobs
+                WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'queued' AND parked
+                    AND priority = p AND kind <> ALL ({IDLE})
+                ORDER BY position, id LIMIT k.places
+            )
+        ) first
+    ) q WHERE q.turn <= q.concurrency_limit - k.running - CASE WHEN q.idle THEN k.standing ELSE k.ready END
 ), r AS (
-    SELECT id, tenant_id, priority, false AS keyed FROM jobs
+    SELECT id, tenant_id, kind, priority, true AS keyed, '' AS key FROM jobs
     WHERE id IN (SELECT id FROM next) AND state = 'queued' AND parked
     ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
-), f AS (
-    SELECT DISTINCT tenant_id, priority, keyed FROM r
-), flows AS ({_flows("power(4, f.priority)")}
-), placed AS (
-    SELECT id, {PLACE} AS position FROM r JOIN flows USING (tenant_id, priority, keyed)
+), {PLACED}, let_in AS (
+    UPDATE jobs SET parked = false, position = placed.position
+    FROM placed WHERE jobs.id = placed.id RETURNING jobs.id, jobs.kind, jobs.position
 )
-UPDATE jobs SET parked = false, position = least(jobs.position, placed.position)
-FROM placed WHERE jobs.id = placed.id RETURNING jobs.id, jobs.position
+SELECT id, {PLACE} FROM let_in
+"""
+
+# Let the jobs of idle kinds keep up with the head of the queue.
+FOLLOW = f"""
+WITH firsts AS ({FIRSTS}
+)
+UPDATE kinds SET moved = head - firsts.position
+FROM firsts, (SELECT min(place) AS head FROM firsts WHERE NOT idle) queue
+WHERE kinds.name = firsts.name AND idle AND place < head
 """
 
 # The concurrency keys of queued jobs, in order, one row of the index for each. $1: tenant and $2: key after which to
@@ -266,8 +324,8 @@ SELECT tenant_id, concurrency_key FROM k LIMIT $3
 # backlog of another kind is walked through. $1: kinds, $2: how many, $3: worker
 READY = f"""
 WITH k AS (
-    SELECT kind FROM unnest($1::text[]) AS k (kind)
-    WHERE kind NOT IN (SELECT name FROM kinds WHERE paused_at IS NOT NULL)
+    SELECT kind, coalesce(moved, 0) AS moved FROM unnest($1::text[]) AS k (kind) LEFT JOIN kinds ON name = kind
+    WHERE paused_at IS NULL
 )
 (
     SELECT id FROM jobs
@@ -278,7 +336,7 @@ WITH k AS (
     SELECT q.id FROM k CROSS JOIN LATERAL (
         SELECT id, position FROM jobs WHERE state = 'queued' AND kind = k.kind AND crashes < 2 AND NOT parked
         ORDER BY position, id LIMIT $2
-    ) q ORDER BY q.position, q.id LIMIT $2
+    ) q ORDER BY q.position + k.moved, q.id LIMIT $2
 )
 LIMIT $2
 """
@@ -392,7 +450,7 @@ WITH held AS (
     FROM released
     RETURNING job_id, data
 )
-SELECT id, tenant_id, concurrency_key, kind, epoch, seq, data, position
+SELECT id, tenant_id, concurrency_key, kind, epoch, seq, data, {PLACE}
 FROM released JOIN told ON told.job_id = released.id
 """
 
@@ -472,7 +530,7 @@ WITH dead AS (
     )) FROM rescued
     RETURNING job_id, data
 )
-SELECT id, tenant_id, concurrency_key, kind, epoch, seq, data, position
+SELECT id, tenant_id, concurrency_key, kind, epoch, seq, data, {PLACE}
 FROM rescued JOIN told ON told.job_id = rescued.id
 """
 

@@ -196,7 +196,7 @@ class HeadwayWorker(Worker):
                 log.warning("a scan failed; the next one follows", error=repr(error))
 
     async def _look_after(self) -> None:
-        """See to jobs that are to be cancelled, to workers that died, to the metrics, and keep the kinds announced."""
+        """See to jobs that are to be cancelled, to workers that died, to the kinds, and to the metrics."""
         while True:
             await asyncio.sleep(SCAN_EVERY)
             try:
@@ -210,7 +210,7 @@ class HeadwayWorker(Worker):
                     self._rescue_at = time.monotonic() + RESCUE_EVERY
                 if time.monotonic() >= self._count_at:
                     await self._count()
-                    await self._store.keep_announced(self._kinds)
+                    await self._store.tend_kinds(self._kinds)
                     self._count_at = time.monotonic() + COUNT_EVERY
             except OUTAGES as error:
                 log.warning("a look at the jobs failed; the next one follows", error=repr(error))

@@ -3,15 +3,26 @@
 import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
+from uuid import UUID
 
 import asyncpg
 import httpx
 import pytest
 
 from headway.client import ApiError
+from headway.job import Priority
 from headway.settings import Settings
-from tests.conftest import Service, Tenant, make_tenant
+from headway.store import Store
+from headway.submission import NewJob
+from tests.conftest import Service, Tenant, make_tenant, until
+from tests.faults.proxy import Proxy
 from tests.integration.test_api_jobs import idle, submit
+
+INTERRUPTED = """
+SELECT count(*) = 1 FROM pg_stat_activity
+WHERE datname = current_database() AND state = 'idle in transaction' AND query LIKE '%asked%'
+"""
 
 
 def jobs(count: int, **more: Any) -> list[dict[str, Any]]:
@@ -90,6 +101,44 @@ async def test_another_request_with_the_key_is_refused_and_writes_nothing(
 
     assert (answer.status_code, answer.json()["type"]) == (422, "urn:headway:problem:idempotency-key-reused")
     assert await database.fetchval("SELECT count(*) FROM jobs") == 3
+
+
+async def test_what_was_deleted_meanwhile_is_not_run_again(
+    settings: Settings, tenant: Tenant, database: asyncpg.Connection
+) -> None:
+    async with idle(settings, tenant) as http:
+        first = (await post(http, jobs(3), "a")).json()["jobs"]
+        await database.execute("DELETE FROM jobs WHERE id = $1", UUID(first[1]["id"]))
+        answer = await post(http, jobs(3), "a")
+
+    assert (answer.status_code, answer.json()["type"]) == (409, "urn:headway:problem:conflict")
+    assert await database.fetchval("SELECT count(*) FROM jobs") == 2
+
+
+async def test_a_service_that_vanishes_in_the_middle_does_not_hold_the_key(
+    settings: Settings, tenant: Tenant, database: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = settings.database_url.get_secret_value()
+    port = urlsplit(url).port or 0
+    async with Proxy(port) as proxy, idle(settings, tenant) as http:
+        far = Store(url.replace(f":{port}/", f":{proxy.port}/"), pool=1)
+        await far.open()
+        # After the insert, and before the commit.
+        monkeypatch.setattr("headway.store._check_whole", lambda *_: proxy.blackhole())
+        record = NewJob(
+            tenant.id, "demo.countdown", {"seconds": 0}, ["0"], Priority.NORMAL, 60, 1, idempotency_key="a 0", batch=1
+        ).as_record()
+        vanishing = asyncio.create_task(far.submit([record], together=True))
+        await until(lambda: database.fetchval(INTERRUPTED))
+        monkeypatch.undo()
+
+        async def accepted() -> bool:
+            return (await post(http, jobs(1), "a")).status_code in (200, 202)
+
+        await until(accepted, 20)
+        proxy.restore()
+        await asyncio.gather(vanishing, return_exceptions=True)
+        await far.close()
 
 
 async def test_keys_of_batches_single_jobs_and_tenants_are_apart(

@@ -19,6 +19,7 @@ from headway.lifecycle import FIRST_KEY
 from headway.store import files, groups, live, reads, retention, rooms, sets, sql
 from tests.engine import Engine
 from tests.engine import engine as make_engine
+from tests.integration.test_concurrency import announce
 
 FINISHED = 100_000
 OPEN = 50
@@ -75,6 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 async def engine(servers: Embedded, folder: Path) -> AsyncIterator[Engine]:
     """Jobs of long ago, and a few that are open."""
     async with make_engine(servers, folder) as engine:
+        await announce(engine, "test.call", "rare.kind")
         await engine.database.execute(FILES, engine.tenant.id)
         await engine.database.execute(
             "INSERT INTO tenants (id, name) SELECT uuidv7(), 'tenant-' || n FROM generate_series(1, 20) n"
@@ -175,6 +177,12 @@ async def test_promote(engine: Engine, planning: psycopg.Connection) -> None:
 async def test_concurrency_keys(engine: Engine, planning: psycopg.Connection) -> None:
     explain(planning, sql.KEYS, *FIRST_KEY, 500)
     explain(planning, sql.UNPARK, [engine.tenant.id] * 10, [f"key {n}" for n in range(10)])
+
+
+async def test_idle_kinds(engine: Engine, planning: psycopg.Connection) -> None:
+    await engine.database.execute("UPDATE kinds SET paused_at = now() WHERE name = 'rare.kind'")
+    explain(planning, sql.FOLLOW)
+    await engine.database.execute("UPDATE kinds SET paused_at = NULL")
 
 
 async def test_submit(engine: Engine, planning: psycopg.Connection) -> None:

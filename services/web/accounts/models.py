@@ -115,13 +115,16 @@ class Job(models.Model):
             ),
         ]
         indexes: ClassVar = [
+            # The flows of jobs without and with a concurrency key.
             models.Index(
-                fields=["tenant", "priority", "position"], name="jobs_flows", condition=models.Q(state="queued")
+                fields=["tenant", "priority", "kind", "position"],
+                name="jobs_line",
+                condition=models.Q(state="queued", parked=False, concurrency_key__isnull=True),
             ),
             models.Index(
-                fields=["tenant", "priority", "position"],
-                name="jobs_flows_unparked",
-                condition=models.Q(state="queued", parked=False),
+                fields=["tenant", "priority", "kind", "position"],
+                name="jobs_keyed_line",
+                condition=models.Q(state="queued", parked=False, concurrency_key__isnull=False),
             ),
             models.Index(
                 fields=["kind", "position", "id"],
@@ -129,8 +132,8 @@ class Job(models.Model):
                 condition=models.Q(state="queued", parked=False, crashes__lt=2),
             ),
             models.Index(
-                fields=["tenant", "concurrency_key", "position", "id"],
-                name="jobs_keyed",
+                fields=["tenant", "concurrency_key", "parked", "priority", "position", "id"],
+                name="jobs_by_key",
                 condition=models.Q(state="queued", concurrency_key__isnull=False),
             ),
             # Jobs that wait for their children, and the children.
@@ -327,6 +330,8 @@ class Kind(models.Model):
     input_schema = models.JSONField()
     result_schema = models.JSONField()
     announced_at = models.DateTimeField()
+    # How far its queued jobs were moved on in the queue while no job of it was begun.
+    moved = models.FloatField(db_default=0, editable=False)
     paused_at = models.DateTimeField(null=True, editable=False)
 
     class Meta:

@@ -15,6 +15,8 @@ from services.web.api.bodies import Disconnected
 
 # Shown in the log and the metrics only: there is nobody to answer.
 CLIENT_LEFT = 499
+# Of which a problem tells at once.
+MOST_ERRORS = 20
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +60,7 @@ def problem(error: Exception) -> Problem:
     if isinstance(error, ValidationError):
         errors = [
             {"field": _field(item["loc"]), "message": item["msg"].removeprefix("Value error, ")}
-            for item in error.errors
+            for item in error.errors[:MOST_ERRORS]
         ]
         return InvalidRequest(f"{errors[0]['field']}: {errors[0]['message']}.", errors=errors)
     if isinstance(error, HttpError):

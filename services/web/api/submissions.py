@@ -26,7 +26,7 @@ from headway.job import (
 from headway.submission import NewJob
 from services.web.api import jobs as reads
 from services.web.api import schemas
-from services.web.api.answers import answer
+from services.web.api.answers import MOST_ERRORS, answer
 from services.web.api.request import ApiRequest
 from services.web.live.waits import LONGEST
 
@@ -34,7 +34,6 @@ FARTHEST = 400 * 86400.0
 # A client's clock may be this far off before its run_at counts as past.
 CLOCKS = 60.0
 MOST_JOBS = 1000
-MOST_ERRORS = 20
 EXAMPLE: JsonDict = {"kind": "demo.countdown", "input": {"seconds": 5}, "tags": ["first"]}
 KEY = re.compile(r"[!-~]{1,255}")
 RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]", re.ASCII)
@@ -125,12 +124,14 @@ async def submit(request: ApiRequest, job: Submission) -> HttpResponse:
     request.only()
     app = request.app
     key = idempotency_key(request)
+    kind: Mapping[str, Any] = {}
     try:
-        kind = await _check(request, job)
+        kind = (await app.catalog.check(job.kind, job.input)).kind
+        _check_time(job)
     except InvalidRequest:
         # Sent again after an outage, its time may have passed, or a release have changed its kind: that makes it no
         # other request.
-        if (before := await app.lifecycle.submitted_before([_new(request, job, {}, key)])) is None:
+        if (before := await app.lifecycle.submitted_before([_new(request, job, kind, key)])) is None:
             raise
         return await submitted(request, before[0], created=False)
     accepted, created = await app.lifecycle.submit(_new(request, job, kind, key))
@@ -156,7 +157,9 @@ async def submit_batch(request: ApiRequest, batch: Batch) -> HttpResponse:
     refusals: list[InvalidRequest] = []
     for number, job in enumerate(batch.jobs):
         try:
-            kinds.append(await _check(request, job))
+            kind = (await app.catalog.check(job.kind, job.input)).kind
+            _check_time(job)
+            kinds.append(kind)
         except InvalidRequest as refusal:
             refusals.append(_of(number, refusal))
             kinds.append({})
@@ -197,13 +200,11 @@ def idempotency_key(request: ApiRequest) -> str | None:
     return key
 
 
-async def _check(request: ApiRequest, job: Submission) -> Mapping[str, Any]:
-    """The kind of a job that it takes. Raises InvalidRequest."""
-    kind = (await request.app.catalog.check(job.kind, job.input)).kind
+def _check_time(job: Submission) -> None:
+    """Raises InvalidRequest."""
     if job.run_at is not None and not -CLOCKS <= (job.run_at - datetime.now(UTC)).total_seconds() <= FARTHEST:
         why = "lies more than a minute behind, or more than 400 days ahead; leave it out to run the job at once"
         raise InvalidRequest(f"run_at: {why}.", errors=[{"field": "run_at", "message": why}])
-    return kind
 
 
 def _new(
