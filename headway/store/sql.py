@@ -74,9 +74,11 @@ PLACE = "position + coalesce((SELECT moved FROM kinds WHERE name = kind), 0) AS 
 # What is parked is ordered in the same way among those of its key, and is in no flow. When it is let in, another of its
 # key has had its turn: it stands a step behind the head, or behind the last of its flow that has a key. Those with keys
 # are a flow of their own, so that neither waits for all of the other.
-PLACED = f"""f AS (
+PLACED = f"""queue AS MATERIALIZED (
+    SELECT coalesce(min(place) FILTER (WHERE NOT idle), min(place)) AS head FROM ({FIRSTS}) firsts
+), f AS (
     SELECT DISTINCT tenant_id, priority, keyed, key FROM r
-), flows AS (
+), flows AS MATERIALIZED (
     SELECT f.*, CASE
         WHEN key <> '' THEN greatest({_first_parked("f.tenant_id", "key")}, (
             SELECT max(position) FROM jobs WHERE state = 'queued' AND parked AND tenant_id = f.tenant_id
@@ -87,9 +89,7 @@ PLACED = f"""f AS (
             SELECT FROM jobs WHERE state = 'running' AND tenant_id = f.tenant_id AND priority = f.priority
         ) THEN step ELSE 0 END, {_line("IS NULL")} + step, 0)
     END AS start
-    FROM (SELECT *, power(4, priority) AS step FROM f) f CROSS JOIN (
-        SELECT coalesce(min(place) FILTER (WHERE NOT idle), min(place)) AS head FROM ({FIRSTS}) firsts
-    ) queue
+    FROM (SELECT *, power(4, priority) AS step FROM f) f CROSS JOIN queue
 ), placed AS (
     SELECT id, floor(start) + priority / 4.0
         + step * (row_number() OVER (PARTITION BY tenant_id, priority, keyed, key ORDER BY id) - 1)
