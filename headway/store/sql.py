@@ -18,31 +18,31 @@ FORM = """'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'"""
 AT = f"(SELECT to_char(now() AT TIME ZONE 'UTC', {FORM}))"
 RUN_AT = f"to_char(run_at AT TIME ZONE 'UTC', {FORM})"
 
-# Kinds of which no job is begun: those that are paused, and those that no worker has announced for a while, though
-# others were.
-IDLE = """ARRAY(
-        SELECT name FROM kinds WHERE paused_at IS NOT NULL
-            OR announced_at < (SELECT max(announced_at) FROM kinds) - interval '5 minutes'
-    )"""
+# The kinds. Those of which no job is begun are idle: they are paused, or no worker has announced them for a while,
+# though others were.
+KNOWN = """known AS MATERIALIZED (
+    SELECT name, moved,
+        paused_at IS NOT NULL OR announced_at < max(announced_at) OVER () - interval '5 minutes' AS idle
+    FROM kinds
+)"""
+IDLE = "ARRAY(SELECT name FROM known WHERE idle)"
 
-
-# Of each kind the first job in the queue.
-FIRSTS = f"""
-            SELECT name, name = ANY ({IDLE}) AS idle, first.position, first.position + moved AS place
-            FROM kinds CROSS JOIN LATERAL (
-                SELECT position FROM jobs WHERE state = 'queued' AND kind = kinds.name AND crashes < 2 AND NOT parked
-                ORDER BY position, id LIMIT 1
-            ) first"""
+# Of each kind the first job in the queue, and its place.
+FIRSTS = """
+    SELECT name, idle, first.position, first.position + moved AS place FROM known CROSS JOIN LATERAL (
+        SELECT position FROM jobs WHERE state = 'queued' AND kind = name AND crashes < 2 AND NOT parked
+        ORDER BY position, id LIMIT 1
+    ) first"""
 
 
 def _line(keyed: str) -> str:
     """The last place of the flow `f` in the queue, without jobs of idle kinds."""
     return f"""(
-            SELECT max(last.position + moved) FROM kinds CROSS JOIN LATERAL (
+            SELECT max(last.position + moved) FROM known CROSS JOIN LATERAL (
                 SELECT position FROM jobs WHERE state = 'queued' AND NOT parked AND concurrency_key {keyed}
-                    AND tenant_id = f.tenant_id AND priority = f.priority AND kind = kinds.name
+                    AND tenant_id = f.tenant_id AND priority = f.priority AND kind = name
                 ORDER BY position DESC LIMIT 1
-            ) last WHERE kinds.name <> ALL ({IDLE})
+            ) last WHERE NOT idle
         )"""
 
 
@@ -60,7 +60,7 @@ def _first_parked(tenant: str, key: str) -> str:
 PLACE = "position + coalesce((SELECT moved FROM kinds WHERE name = kind), 0) AS position"
 
 # Gives places, `placed`, to the jobs `r`, (id, tenant_id, kind, priority, keyed, key): those with a `key` are parked
-# for it, the others stand in the queue.
+# for it, the others stand in the queue. It needs KNOWN before it.
 #
 # Queued jobs are run by position: start-time fair queueing over the flows of each tenant and priority. A new job stands
 # a step behind the last of its flow, or at the head of the whole queue if its flow is empty; a step is 1 for high, 4
@@ -94,7 +94,7 @@ PLACED = f"""queue AS MATERIALIZED (
     SELECT id, floor(start) + priority / 4.0
         + step * (row_number() OVER (PARTITION BY tenant_id, priority, keyed, key ORDER BY id) - 1)
         - CASE WHEN key = '' THEN coalesce(moved, 0) ELSE 0 END AS position
-    FROM r JOIN flows USING (tenant_id, priority, keyed, key) LEFT JOIN kinds ON name = kind
+    FROM r JOIN flows USING (tenant_id, priority, keyed, key) LEFT JOIN known ON name = kind
 )"""
 
 # Insert jobs, each with its first event. One that is there already is left out of the answer: it came with an
@@ -104,7 +104,7 @@ PLACED = f"""queue AS MATERIALIZED (
 # $1: [{id, tenant_id, kind, input, tags, priority, timeout, max_attempts, run_at, delay, concurrency_key,
 # concurrency_limit, parent_id, parent_token, depth, retry_of, idempotency_key, digest}]
 SUBMIT = f"""
-WITH asked AS (
+WITH {KNOWN}, asked AS (
     SELECT *, coalesce(run_at, now() + delay * interval '1 second') AS due FROM jsonb_to_recordset($1::jsonb) AS r (
         id uuid, tenant_id uuid, kind text, input jsonb, tags text[], priority smallint, timeout float8,
         max_attempts int, run_at timestamptz, delay float8, concurrency_key text, concurrency_limit smallint,
@@ -153,7 +153,7 @@ CROSS JOIN LATERAL (
 def _queue(which: str) -> str:
     """Queue scheduled jobs: those that `which`, a condition and an order, selects."""
     return f"""
-WITH r AS (
+WITH {KNOWN}, r AS (
     SELECT id, tenant_id, kind, priority, concurrency_key IS NOT NULL AS keyed, coalesce(concurrency_key, '') AS key
     FROM jobs WHERE state = 'scheduled' AND {which} LIMIT $1 FOR UPDATE SKIP LOCKED
 ), {PLACED}, queued AS (
@@ -251,7 +251,7 @@ FROM parked
 # take no place from the others.
 # $1: tenants, $2: the concurrency key of each
 UNPARK = f"""
-WITH k AS (
+WITH {KNOWN}, k AS (
     SELECT k.tenant_id, k.key, (
         SELECT count(*) FROM jobs
         WHERE tenant_id = k.tenant_id AND concurrency_key = k.key AND state = 'running'
@@ -294,7 +294,7 @@ SELECT id, {PLACE} FROM let_in
 
 # Let the jobs of idle kinds keep up with the head of the queue.
 FOLLOW = f"""
-WITH firsts AS ({FIRSTS}
+WITH {KNOWN}, firsts AS ({FIRSTS}
 )
 UPDATE kinds SET moved = head - firsts.position
 FROM firsts, (SELECT min(place) AS head FROM firsts WHERE NOT idle) queue
