@@ -31,7 +31,7 @@ def jobs(count: int, **more: Any) -> list[dict[str, Any]]:
 
 async def post(http: httpx.AsyncClient, batch: list[dict[str, Any]], key: str | None = None) -> httpx.Response:
     headers = {} if key is None else {"Idempotency-Key": key}
-    return await http.post("/api/v1/jobs/batch", json={"jobs": batch}, headers=headers)
+    return await http.post("/api/v1/jobs/batch", json={"jobs": batch}, headers=headers, timeout=30)
 
 
 async def test_a_thousand_jobs_are_accepted_together_and_run(service: Service) -> None:
