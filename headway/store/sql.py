@@ -50,8 +50,8 @@ def _first_parked(tenant: str, key: str) -> str:
     """The first place of what is parked for a concurrency key: one look at the index for each priority."""
     return f"""(
             SELECT min(first.position) FROM generate_series(0, 2) p CROSS JOIN LATERAL (
-                SELECT position FROM jobs WHERE state = 'queued' AND parked AND tenant_id = {tenant}
-                    AND concurrency_key = {key} AND priority = p ORDER BY position LIMIT 1
+                SELECT position FROM jobs q WHERE q.state = 'queued' AND q.parked AND q.tenant_id = {tenant}
+                    AND q.concurrency_key = {key} AND q.priority = p ORDER BY position LIMIT 1
             ) first
         )"""
 

@@ -106,6 +106,21 @@ async def test_whatever_ends_a_job_lets_the_next_of_its_key_run(engine: Engine, 
     assert await standing(engine) == [second]
 
 
+async def test_a_job_that_has_no_place_after_all_is_the_next_of_its_key(engine: Engine) -> None:
+    first, second, third = [await submit(engine, "mail") for _ in range(3)]
+    await submit(engine, "another")
+    await standing(engine)
+    claim = await engine.claim(first)
+    # As if it had been let in, and the place were taken by the one that came back.
+    await engine.database.execute("UPDATE jobs SET parked = false, position = 1000 WHERE id = $1", second)
+    assert await engine.lifecycle.claim([second], [KIND], "a worker") == []
+    await engine.lifecycle.finish(Ending(claim, JobState.SUCCEEDED))
+
+    let_in = set(await standing(engine))
+    assert second in let_in
+    assert third not in let_in
+
+
 async def test_keys_of_two_tenants_and_two_names_are_apart(engine: Engine) -> None:
     other = await make_tenant(engine.database, "other")
     a, b = await submit(engine, "mail"), await submit(engine, "print")

@@ -163,6 +163,9 @@ async def ids(engine: Engine, state: str) -> list[UUID]:
 async def test_claim(engine: Engine, planning: psycopg.Connection) -> None:
     queued = await ids(engine, "queued")
     explain(planning, sql.CLAIM, queued, ["test.call"], "a worker", timedelta(seconds=15))
+    # Most of these have no place.
+    parked = [row["id"] for row in await engine.database.fetch("SELECT id FROM jobs WHERE parked LIMIT 20")]
+    explain(planning, sql.CLAIM, parked, ["test.call"], "a worker", timedelta(seconds=15))
 
 
 async def test_ready(engine: Engine, planning: psycopg.Connection) -> None:
