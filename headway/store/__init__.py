@@ -134,7 +134,7 @@ class Store:
         """
         async with self._transaction() if together else nullcontext(self.rows) as statement:
             if together:
-                # A client that vanishes now must not hold its keys.
+                # Who vanishes in the middle must not hold the keys.
                 await statement("SET LOCAL idle_in_transaction_session_timeout = '5s'")
             rows: dict[UUID, Submitted] = {
                 row["id"]: (as_job(row), row["position"], None) for row in await statement(sql.SUBMIT, jobs)

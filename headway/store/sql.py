@@ -36,13 +36,13 @@ FIRSTS = """
 
 
 def _line(keyed: str) -> str:
-    """The last place of the flow `f` in the queue, without jobs of idle kinds."""
+    """The last place of the flow `f` in the queue, without jobs of idle kinds but its own."""
     return f"""(
             SELECT max(last.position + moved) FROM known CROSS JOIN LATERAL (
                 SELECT position FROM jobs WHERE state = 'queued' AND NOT parked AND concurrency_key {keyed}
                     AND tenant_id = f.tenant_id AND priority = f.priority AND kind = name
                 ORDER BY position DESC LIMIT 1
-            ) last WHERE NOT idle
+            ) last WHERE NOT known.idle OR name = f.idle
         )"""
 
 
@@ -68,16 +68,19 @@ PLACE = "position + coalesce((SELECT moved FROM kinds WHERE name = kind), 0) AS 
 # high go first among equals. Who has something running has just had a turn, and comes a step behind the head.
 #
 # Jobs of idle kinds hold nobody up. They are not the head: it would stand still, and whoever comes with an empty flow
-# go before all who wait; only where nothing else is queued it is theirs. Nor are they the last of a flow. They keep up
-# with the head (FOLLOW), so that they go before nobody once their kind is back.
+# go before all who wait; only where nothing else is queued it is theirs. Nor are they the last of a flow, but for jobs
+# of the same kind. They keep up with the head (FOLLOW), so that they go before nobody once their kind is back.
 #
 # What is parked is ordered in the same way among those of its key, and is in no flow. When it is let in, another of its
 # key has had its turn: it stands a step behind the head, or behind the last of its flow that has a key. Those with keys
 # are a flow of their own, so that neither waits for all of the other.
 PLACED = f"""queue AS MATERIALIZED (
     SELECT coalesce(min(place) FILTER (WHERE NOT idle), min(place)) AS head FROM ({FIRSTS}) firsts
+), waiting AS (
+    SELECT r.*, CASE WHEN known.idle THEN kind ELSE '' END AS idle, coalesce(moved, 0) AS moved
+    FROM r LEFT JOIN known ON name = kind
 ), f AS (
-    SELECT DISTINCT tenant_id, priority, keyed, key FROM r
+    SELECT DISTINCT tenant_id, priority, keyed, key, idle FROM waiting
 ), flows AS MATERIALIZED (
     SELECT f.*, CASE
         WHEN key <> '' THEN greatest({_first_parked("f.tenant_id", "key")}, (
@@ -92,9 +95,9 @@ PLACED = f"""queue AS MATERIALIZED (
     FROM (SELECT *, power(4, priority) AS step FROM f) f CROSS JOIN queue
 ), placed AS (
     SELECT id, floor(start) + priority / 4.0
-        + step * (row_number() OVER (PARTITION BY tenant_id, priority, keyed, key ORDER BY id) - 1)
-        - CASE WHEN key = '' THEN coalesce(moved, 0) ELSE 0 END AS position
-    FROM r JOIN flows USING (tenant_id, priority, keyed, key) LEFT JOIN known ON name = kind
+        + step * (row_number() OVER (PARTITION BY tenant_id, priority, keyed, key, idle ORDER BY id) - 1)
+        - CASE WHEN key = '' THEN moved ELSE 0 END AS position
+    FROM waiting JOIN flows USING (tenant_id, priority, keyed, key, idle)
 )"""
 
 # Insert jobs, each with its first event. One that is there already is left out of the answer: it came with an

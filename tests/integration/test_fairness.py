@@ -87,8 +87,9 @@ async def test_a_kind_that_comes_back_has_its_turn_when_all_else_was_done_meanwh
 
 async def test_a_kind_that_comes_back_goes_before_nobody(engine: Engine) -> None:
     waits, comes = await tenant(engine), await tenant(engine)
-    await submit(engine, 20, kind=OTHER)
     await engine.database.execute(IDLE[GONE], OTHER)
+    for _ in range(40):
+        await submit(engine, 1, kind=OTHER)
     await submit(engine, 200, tenant_id=waits)
     await run(engine, 100)
     await engine.store.tend_kinds([KIND])
@@ -96,9 +97,13 @@ async def test_a_kind_that_comes_back_goes_before_nobody(engine: Engine) -> None
     await announce(engine, OTHER)
     await submit(engine, 50, tenant_id=comes)
 
-    assert (await run(engine, 40))[waits] >= 15
-    [first, *_] = await engine.store.ready([KIND, OTHER], 1, "a worker of the test")
-    assert (await engine.job(first)).kind == OTHER
+    begun: Counter[UUID] = Counter()
+    for _ in range(40):
+        [job_id] = await engine.store.ready([KIND, OTHER], 1, "a worker of the test")
+        [claim] = await engine.lifecycle.claim([job_id], [KIND, OTHER], "a worker of the test")
+        begun[claim.tenant_id] += 1
+        await engine.lifecycle.finish(Ending(claim, JobState.SUCCEEDED))
+    assert min(begun[who] for who in (engine.tenant.id, waits, comes)) >= 10
 
 
 async def test_what_was_parked_for_long_does_not_take_every_turn_once_it_is_let_in(engine: Engine) -> None:
