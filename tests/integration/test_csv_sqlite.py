@@ -15,7 +15,7 @@ import pytest
 
 from headway import Retry
 from headway.settings import Settings, Source
-from services.worker.kinds import csv_import
+from services.worker.kinds import csv_import, csv_sqlite
 from services.worker.kinds.csv_position import Position
 from services.worker.kinds.csv_sqlite import SqliteTable
 from services.worker.kinds.csv_target import Target, staging_name
@@ -172,6 +172,34 @@ async def test_imports_and_readers_of_one_database_wait_for_each_other(
 
     assert [(await job)["state"] for job in jobs] == ["succeeded", "succeeded"]
     assert lite.execute("SELECT (SELECT sum(a) FROM t), (SELECT sum(a) FROM u)").fetchone() == (449_985_000,) * 2
+
+
+async def test_an_import_that_begins_while_somebody_commits_waits_for_that(
+    service: Service, lite: sqlite3.Connection, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries: list[bool] = []
+
+    def connect(url: str) -> sqlite3.Connection | None:
+        connection = connected(url)
+        tries.append(connection is not None)
+        return connection
+
+    connected = csv_sqlite._connect
+    monkeypatch.setattr(csv_sqlite, "_connect", connect)
+    lite.execute("CREATE TABLE mine (a)")
+    lite.execute("BEGIN")
+    lite.execute("SELECT * FROM mine").fetchall()
+    with closing(sqlite3.connect(place, timeout=0, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("INSERT INTO mine VALUES (1)")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("COMMIT")
+        importing = asyncio.create_task(ended(service, b"a\n1\n"))
+        await until(lambda: len(tries) > 2)
+        assert not any(tries)
+        lite.execute("COMMIT")
+        other.execute("COMMIT")
+        assert (await importing)["state"] == "succeeded"
 
 
 async def test_a_cancelled_import_leaves_no_table(

@@ -64,6 +64,9 @@ class SqliteTable:
     async def opened(cls, url: str, source: str, target: Target, job_id: UUID) -> AsyncIterator["SqliteTable"]:
         with _refusals(source, target.table):
             connection = await asyncio.to_thread(_connect, url)
+            while connection is None:
+                await asyncio.sleep(LOCKED_PAUSE)
+                connection = await asyncio.to_thread(_connect, url)
         table = cls(connection, source, target, job_id)
         try:
             await table._drop_left_behind()
@@ -181,7 +184,10 @@ class SqliteTable:
 
     async def _drop_left_behind(self) -> None:
         """Drop tables that have waited too long for a next attempt of their job."""
-        for job_id in await self._run(self._left_behind):
+        await self._begin()
+        left_behind = await self._run(self._left_behind)
+        await self.undo()
+        for job_id in left_behind:
             await self._forget(job_id)
             log.info("a table was dropped that an import had left behind", job_id=str(job_id))
 
@@ -192,7 +198,7 @@ class SqliteTable:
         try:
             self._execute(statement)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            if not _busy(error):
                 raise
             return False
         return True
@@ -272,14 +278,26 @@ class SqliteTable:
         )
 
 
-def _connect(url: str) -> sqlite3.Connection:
+def _connect(url: str) -> sqlite3.Connection | None:
+    """A connection; None while somebody commits and waits for those who read: nobody else may read the schema then."""
     connection = sqlite3.connect(
         f"file:{quote(str(path(url)))}?mode=rw", uri=True, isolation_level=None, check_same_thread=False, timeout=0
     )
-    connection.execute(f"PRAGMA cache_size = -{CACHE}")
-    # A view of others that is broken must not keep a table from getting its name.
-    connection.execute("PRAGMA legacy_alter_table = on")
+    try:
+        connection.execute(f"PRAGMA cache_size = -{CACHE}")
+        # A view of others that is broken must not keep a table from getting its name.
+        connection.execute("PRAGMA legacy_alter_table = on")
+    except sqlite3.Error as error:
+        connection.close()
+        if not _busy(error):
+            raise
+        return None
     return connection
+
+
+def _busy(error: sqlite3.Error) -> bool:
+    """Whether others are in the way."""
+    return bool(error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY)
 
 
 def _long_ago() -> str:
