@@ -2,16 +2,15 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-    """The order of the queue is apart from that of what is parked. Nothing here holds a lock for long."""
+    """The order of the queue is apart from that of what is parked. Nothing here holds a lock; what broke off is run again."""
 
     atomic = False
 
     dependencies = [
-        ("headway", "0008_job_tags"),
+        ("headway", "0009_kind_moved"),
     ]
 
     operations = [
-        migrations.AddField(model_name="kind", name="moved", field=models.FloatField(db_default=0, editable=False)),
         migrations.SeparateDatabaseAndState(
             state_operations=[
                 migrations.AddIndex(
